@@ -1,0 +1,58 @@
+"""Command line: a Config dataclass in, one clear line and exit code 2 on anything a user can mend."""
+
+import contextlib
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import tyro
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: the cause, then what to do."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with the message unless condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line to stderr and leave with exit code 2."""
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(config_class: type, args: list[str] | None = None, presets: dict[str, dict[str, Any]] | None = None) -> Any:
+    """Flags -> config_class. With presets, `--preset NAME` changes the defaults and explicit flags still win."""
+    args = sys.argv[1:] if args is None else args
+    boxes = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxes):
+            config = tyro.cli(config_class, args=args, description=sys.modules[config_class.__module__].__doc__)
+            if presets:
+                defaults = dataclasses.replace(config_class(), **presets[config.preset])
+                config = tyro.cli(config_class, args=args, default=defaults)
+        return config
+    except SystemExit as stop:
+        if stop.code in (0, None):  # --help
+            raise
+        text = re.sub(r"[╭╮╰╯│]|─+ [\w ]+ ─+", " ", boxes.getvalue())  # tyro draws a box; we want its sentence
+        cause, *rest = [" ".join(part.split()) for part in re.split(r"─{3,}", text) if part.strip()]
+        near = [" (near: " + part.split(": ", 1)[1].split(" ")[0] + ")" for part in rest if part.startswith("Perhaps")]
+        fail(cause.rstrip(".") + "".join(near[:1]) + "; --help lists all flags")
+
+
+def cli(main: Callable[[Any], None], config_class: type, presets: dict[str, dict[str, Any]] | None = None) -> None:
+    """Entry point of every script: parse, run, and turn a UserError into its line."""
+    config = parse(config_class, presets=presets)
+    try:
+        main(config)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        fail("interrupted; run the same command with --resume to go on from the last checkpoint")

@@ -1,0 +1,138 @@
+"""Policies and teachers: any causal language model of transformers, from a folder, the hub or the tiny ones here."""
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from posttrain.common.cli import UserError
+
+TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def resolve(name: str) -> str:
+    """A built-in tiny model's folder, or the name as it is (a folder or a hub name)."""
+    return str(TINY / name) if (TINY / name).is_dir() else name
+
+
+def prepare(config: Any) -> torch.device:
+    """Seeds, CPU threads and device of a run. One thread for the tiny models: two can be twenty times slower."""
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    if config.threads or (TINY / config.model).is_dir():
+        torch.set_num_threads(config.threads or 1)
+    try:
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.empty(0, device=auto if config.device == "auto" else config.device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {config.device!r} cannot be used here ({reason}); try --device cpu") from None
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise not_loadable(name, error) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token; set eos_token in its folder")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only fills; masks come from lengths, never from ids
+    return tokenizer
+
+
+def load_model(
+    name: str, device: torch.device, dtype: str = "float32", lora_rank: int = 0, train: bool = True
+) -> nn.Module:
+    """A causal language model in eval mode: dropout stays off in training too, else ratios are not 1 on-policy.
+
+    A trained model keeps fp32 weights whatever the dtype (steps of 1e-6 vanish in bf16); with dtype bfloat16 it
+    computes under autocast. A frozen model is held in dtype itself. With lora_rank > 0 only adapters train.
+    """
+    try:
+        config = AutoConfig.from_pretrained(resolve(name))
+        weights = DTYPES["float32"] if train and dtype == "bfloat16" else DTYPES[dtype]
+        model = AutoModelForCausalLM.from_pretrained(resolve(name), config=config, dtype=weights)
+    except (OSError, ValueError, KeyError) as error:
+        raise not_loadable(name, error) from None
+    model = model.to(device).eval().requires_grad_(train)
+    if lora_rank and train:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"))
+        model = model.eval()
+    model.autocast_dtype = torch.bfloat16 if train and dtype == "bfloat16" else None
+    return model
+
+
+def not_loadable(name: str, error: Exception) -> UserError:
+    built_in = ", ".join(sorted(path.name for path in TINY.iterdir()))
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return UserError(
+        f"cannot load model {name!r}: not one of the built-in {built_in}, and neither a folder in Hugging Face format "
+        f"nor a name the hub answers for ({reason[:160]})"
+    )
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The transformers model itself, adapters in place, out of peft's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def autocast(model: nn.Module) -> torch.autocast:
+    """The context in which a model from load_model computes."""
+    return torch.autocast(plain(model).device.type, model.autocast_dtype, enabled=model.autocast_dtype is not None)
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Plain Hugging Face folder (adapters merged), written beside the target and renamed into place."""
+    partial = folder.with_name(folder.name + ".partial")
+    if hasattr(model, "get_base_model"):
+        model.merge_adapter()
+        state = {k.replace(".base_layer", ""): v for k, v in plain(model).state_dict().items() if ".lora_" not in k}
+        plain(model).save_pretrained(partial, state_dict=state)
+        model.unmerge_adapter()
+    else:
+        model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    replace_folder(partial, folder)
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Rename new to target, removing what was there."""
+    if target.exists():
+        shutil.rmtree(target)
+    new.rename(target)
+
+
+def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the tokenizer's and all of the generation config's (Qwen3 has two)."""
+    ids = plain(model).generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return sorted({*ids, tokenizer.eos_token_id})
+
+
+def shared_vocabulary(student: nn.Module, student_tokenizer, teacher: nn.Module, teacher_tokenizer) -> int:
+    """The number of leading ids that mean the same to both models. Raises UserError when their tokenizers differ.
+
+    Heads of one family may be padded to different sizes (Qwen2.5-3B 151,936, 72B 152,064).
+    """
+    ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if ours != theirs:
+        token = next(t for t in sorted(ours.keys() | theirs.keys()) if ours.get(t) != theirs.get(t))
+        raise UserError(
+            f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} tokens, first difference "
+            f"{token!r}); token-level distillation needs one tokenizer: choose models of one family"
+        )
+    return min(plain(m).get_output_embeddings().weight.shape[0] for m in (student, teacher))

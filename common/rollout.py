@@ -1,0 +1,270 @@
+"""Rollouts: prompts in, sampled responses out, in the one layout that every method uses."""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicCache
+
+from posttrain.common.cli import UserError
+from posttrain.common.models import autocast, plain, stop_ids
+from posttrain.common.tasks import Example
+
+
+@dataclass
+class Rollout:
+    """N rows (prompts x group, the group's rows next to each other), right-padded to T tokens.
+
+    ONE alignment: x[:, t] speaks of token t, so behaviour_logps[:, t] = log p(tokens[:, t] | tokens[:, :t]).
+
+        tokens           p p a b $ .      prompt "p p", response "a b", end token $, padding
+        attention_mask   1 1 1 1 1 0
+        loss_mask        0 0 1 1 1 0
+        turn            -1-1 0 0 0-1
+    """
+
+    tokens: Tensor  # [N, T] int64
+    attention_mask: Tensor  # [N, T] fp32, 1 on real tokens
+    loss_mask: Tensor  # [N, T] fp32, 1 on tokens that the policy sampled, the end token included
+    turn: Tensor  # [N, T] int64, which of the model's turns wrote the token, -1 elsewhere
+    behaviour_logps: Tensor  # [N, T] fp32, the sampler's log-probs at the sampling temperature, 0 elsewhere
+    group: Tensor  # [N] int64, which prompt the row answers
+    finished: Tensor  # [N] bool, ended by a stop token and not by length
+    reward: Tensor  # [N] fp32, filled by grading
+    texts: list[str]  # N decoded responses without special tokens
+    examples: list[Example]  # N, the row's problem
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Tensor) -> "Rollout":
+        """The given rows (int64 indices), width unchanged."""
+        picked = {f.name: getattr(self, f.name) for f in fields(self)}
+        index = rows.tolist()
+        return Rollout(**{k: v[rows] if isinstance(v, Tensor) else [v[i] for i in index] for k, v in picked.items()})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 1.0  # 0 = greedy
+    max_new_tokens: int = 32
+    top_p: float = 1.0  # for evaluation; below 1 the policy that samples is not the one that trains
+
+
+def seed_of(*key: int) -> int:
+    """One well-mixed 63-bit seed from several integers, for example (seed, step)."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a prompt, through the chat template when the tokenizer has one (base models: plain text)."""
+    if tokenizer.chat_template:
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
+
+
+def assemble(
+    prompts: list[list[int]], responses: list[list[int]], pad: int, logps: list | None = None, **rest
+) -> Rollout:
+    """Single-turn rows of prompt + response ids as a Rollout; logps lists each response's; rest fills other fields."""
+    n, width = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    tokens = torch.full((n, width), pad)
+    loss_mask, attention_mask, behaviour_logps = torch.zeros(3, n, width)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        start, end = len(prompt), len(prompt) + len(response)
+        tokens[i, :end] = torch.tensor(prompt + response)
+        attention_mask[i, :end] = 1
+        loss_mask[i, start:end] = 1
+        if logps:
+            behaviour_logps[i, start:end] = torch.tensor(logps[i])
+    blank = {
+        "group": torch.arange(n),
+        "finished": torch.ones(n, dtype=torch.bool),
+        "reward": torch.full((n,), torch.nan),
+        "texts": [""] * n,
+        "examples": [Example([], "")] * n,
+    }
+    return Rollout(tokens, attention_mask, loss_mask, loss_mask.long() - 1, behaviour_logps, **{**blank, **rest})
+
+
+def written(tokenizer: PreTrainedTokenizerBase, examples: list[Example], texts: list[str]) -> Rollout:
+    """Responses that nobody sampled (data, demonstrations) as a Rollout, each closed by the end token."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+    prompts = [encode(tokenizer, example.prompt) for example in examples]
+    seen: dict[int, int] = {}
+    group = torch.tensor([seen.setdefault(id(example), len(seen)) for example in examples])
+    return assemble(prompts, ids, tokenizer.pad_token_id, texts=list(texts), examples=examples, group=group)
+
+
+def under_prompts(rollout: Rollout, prompts: list[list[int]], pad: int) -> Rollout:
+    """The SAME responses under OTHER prompts (a hint, a skill, feedback, a teacher's own template).
+
+    prompts: N lists of ids. What follows the prompt moves as one block, environment tokens included, so the k-th
+    sampled token of a row stays its k-th sampled token; scoring.carry brings values back to the old positions.
+    """
+    lengths = rollout.attention_mask.sum(1).long().tolist()
+    starts = [
+        first if any_ else end
+        for first, any_, end in zip(
+            rollout.loss_mask.argmax(1).tolist(), rollout.loss_mask.any(1).tolist(), lengths, strict=True
+        )
+    ]
+    moved = assemble(prompts, [[pad] * (e - s) for s, e in zip(starts, lengths, strict=True)], pad)
+    for name in ("tokens", "loss_mask", "turn", "behaviour_logps"):
+        source, target = getattr(rollout, name).cpu(), getattr(moved, name)
+        for i, prompt in enumerate(prompts):
+            block = source[i, starts[i] : lengths[i]]
+            target[i, len(prompt) : len(prompt) + len(block)] = block
+    same = {f: getattr(rollout, f) for f in ("group", "finished", "reward", "texts", "examples")}
+    return replace(to_device(moved, rollout.tokens.device), **same)
+
+
+def concat(rollouts: list[Rollout], pad: int) -> Rollout:
+    """Rollouts one after another as one, padded to the widest, groups renumbered."""
+    width = max(r.tokens.shape[1] for r in rollouts)
+    out, groups = {}, 0
+    for f in fields(Rollout):
+        parts = [getattr(r, f.name) for r in rollouts]
+        if f.name in ("texts", "examples"):
+            out[f.name] = [x for part in parts for x in part]
+            continue
+        if parts[0].dim() == 2:
+            fill = {"tokens": pad, "turn": -1}.get(f.name, 0)
+            parts = [nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts]
+        out[f.name] = torch.cat(parts)
+    for r, end in zip(rollouts, torch.tensor([len(r) for r in rollouts]).cumsum(0).tolist(), strict=True):
+        out["group"][end - len(r) : end] += groups
+        groups += int(r.group.max()) + 1
+    return Rollout(**out)
+
+
+def to_device(rollout: Rollout, device: torch.device) -> Rollout:
+    return replace(rollout, **{f.name: getattr(rollout, f.name).to(device) for f in fields(rollout)[:8]})
+
+
+def sample_tokens(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the distribution function at u.  [R, V], [R] in [0, 1) -> ids [R], logps [R]
+
+    One uniform number a row and step makes a row's sample independent of the rows batched with it.
+    """
+    logps = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    if temperature == 0:
+        ids = logps.argmax(-1)
+    else:
+        probs = logps.exp()
+        if top_p < 1:  # keep the likeliest tokens until their mass reaches top_p
+            ordered, order = probs.sort(-1, descending=True)
+            dropped = ordered.cumsum(-1) - ordered >= top_p
+            probs = probs.masked_fill(dropped.scatter(-1, order, dropped), 0)
+        cdf = probs.cumsum(-1)
+        total = cdf[:, -1]
+        target = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+        ids = torch.searchsorted(cdf, target[:, None], right=True).squeeze(-1)  # right: never a token of mass 0
+    return ids, logps.gather(-1, ids[:, None]).squeeze(-1)
+
+
+class HFEngine:
+    """Samples with the trainer's own model through transformers: works everywhere, never has stale weights."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 2**16):
+        self.model, self.tokenizer = model, tokenizer
+        self.stop_ids = stop_ids(model, tokenizer)
+        self.batch_tokens = batch_tokens  # rows x tokens whose key-value cache may exist at one time
+
+    @torch.no_grad()
+    def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple[int, ...]) -> Rollout:
+        """n responses to each example, group after group. Reproducible in key, for example (seed, step)."""
+        prompts = [encode(self.tokenizer, example.prompt) for example in examples]
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        limit = getattr(plain(self.model).config, "max_position_embeddings", None) or longest
+        if longest > limit:
+            raise UserError(
+                f"a prompt of {longest - sampling.max_new_tokens} tokens and {sampling.max_new_tokens} new ones exceed "
+                f"the model's {limit} positions; shorten the data or lower --max-new-tokens"
+            )
+        noise = torch.Generator().manual_seed(seed_of(*key))
+        u = torch.rand(len(prompts), n, sampling.max_new_tokens, generator=noise)
+        per_batch = max(1, self.batch_tokens // (n * longest))
+        ids, logps = [], []
+        for start in range(0, len(prompts), per_batch):
+            some = slice(start, start + per_batch)
+            batch_ids, batch_logps = self._decode(prompts[some], n, sampling, u[some].flatten(0, 1))
+            ids += batch_ids
+            logps += batch_logps
+        rollout = assemble(
+            [prompt for prompt in prompts for _ in range(n)],
+            ids,
+            self.tokenizer.pad_token_id,
+            logps=logps,
+            group=torch.arange(len(prompts)).repeat_interleave(n),
+            finished=torch.tensor([bool(row) and row[-1] in self.stop_ids for row in ids]),
+            texts=self.tokenizer.batch_decode(ids, skip_special_tokens=True),
+            examples=[example for example in examples for _ in range(n)],
+        )
+        return to_device(rollout, plain(self.model).device)
+
+    def _decode(self, prompts: list[list[int]], n: int, sampling: Sampling, u: Tensor) -> tuple[list, list]:
+        """Token ids and log-probs of n responses to each prompt, each up to and including its first stop token."""
+        model, device = plain(self.model), plain(self.model).device
+        width = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
+        lengths = torch.tensor([len(p) for p in prompts], device=device)
+        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+        padded = bool((lengths < width).any())
+        stops = torch.tensor(self.stop_ids, device=device)
+        u = u.to(device)
+
+        def forward(tokens: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
+            with autocast(self.model):
+                return model(
+                    input_ids=tokens,
+                    attention_mask=mask if padded else None,
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
+
+        # Every prompt is read once and its cache repeated for the group.
+        cache = DynamicCache(config=model.config)
+        logits = forward(tokens, mask, (mask.cumsum(1) - 1).clamp(min=0), cache).repeat_interleave(n, 0)
+        cache.batch_repeat_interleave(n)
+        mask, position = mask.repeat_interleave(n, 0), lengths.repeat_interleave(n)[:, None]
+        rows = torch.arange(len(prompts) * n, device=device)  # which row each line of the shrinking batch is
+        alive = torch.ones_like(rows, dtype=torch.bool)
+        ids = torch.full((len(rows), sampling.max_new_tokens), -1, device=device)
+        logps = torch.zeros(len(rows), sampling.max_new_tokens, device=device)
+        for t in range(sampling.max_new_tokens):
+            token, logp = sample_tokens(logits, u[rows, t], sampling.temperature, sampling.top_p)
+            ids[rows, t] = torch.where(alive, token, -1)
+            logps[rows, t] = logp
+            alive = alive & ~torch.isin(token, stops)
+            if t + 1 == sampling.max_new_tokens:
+                break
+            if device.type == "cpu" or t % 8 == 7:  # looking at `alive` waits for a GPU: not at every step
+                left = int(alive.sum())
+                if left == 0:
+                    break
+                if left <= 0.75 * len(rows):  # drop finished rows and their cache
+                    kept = alive.nonzero().squeeze(1)
+                    cache.batch_select_indices(kept)
+                    rows, token, alive, mask, position = (x[kept] for x in (rows, token, alive, mask, position))
+            if padded:
+                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            logits = forward(token[:, None], mask, position, cache)
+            position = position + 1
+        lengths = (ids >= 0).sum(1).tolist()
+        return (
+            [row[:k] for row, k in zip(ids.tolist(), lengths, strict=True)],
+            [row[:k] for row, k in zip(logps.tolist(), lengths, strict=True)],
+        )
+
+
+def make_engine(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> HFEngine:
+    """The sampler behind `--rollout`: hf = transformers with the trainer's own weights."""
+    if kind != "hf":
+        raise UserError(f"--rollout {kind!r} is not known; use hf")
+    return HFEngine(model, tokenizer)

@@ -1,0 +1,102 @@
+"""Log-probs, entropies and divergences of a Rollout under a model, on its sampled tokens only.
+
+Hidden states come from the transformers backbone; the LM head is applied in `kernels/`, which never hold
+[tokens, vocabulary] for more than one chunk. Every [N, T] result lines up with the rollout's masks.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.common.models import autocast, plain
+from posttrain.common.rollout import Rollout
+from posttrain.kernels.logprob import linear_token_logp
+
+
+def lm_head(model: nn.Module) -> dict[str, Any]:
+    """The LM head as arguments of `kernels/`: weight [V, H], bias [V] or None, softcap or None (Gemma-2)."""
+    head = plain(model).get_output_embeddings()
+    softcap = getattr(plain(model).config, "final_logit_softcapping", None)
+    return {"weight": head.weight, "bias": getattr(head, "bias", None), "softcap": softcap}
+
+
+def logit_scale(model: nn.Module) -> float:
+    """What the model multiplies its logits by (Cohere, Granite)."""
+    config = plain(model).config
+    return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+
+
+def sampled_hidden(model: nn.Module, rollout: Rollout) -> Tensor:
+    """The hidden state that predicts each sampled token, row after row.  -> [n, H], n = loss_mask.sum()
+
+    Two rollouts that hold the same responses under different prompts give rows in the same order.
+    """
+    width = int(rollout.attention_mask.sum(1).max())  # the shared width may be padding for these rows
+    tokens, sampled = rollout.tokens[:, :width], rollout.loss_mask[:, :width].bool()
+    with autocast(model):
+        # Padding is on the right and attention is causal, so no real token sees it: no mask, the fast path.
+        hidden = plain(model).get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    hidden = hidden[:, :-1][sampled[:, 1:]]  # the only shift in the project: position t-1 predicts token t
+    return hidden * logit_scale(model)
+
+
+def scatter(values: Tensor, rollout: Rollout) -> Tensor:
+    """One value per sampled token back to its place, 0 elsewhere.  [n] -> [N, T]"""
+    out = torch.zeros(rollout.tokens.shape, dtype=values.dtype, device=values.device)
+    return out.masked_scatter(rollout.loss_mask.bool(), values)
+
+
+def token_logps(
+    model: nn.Module,
+    rollout: Rollout,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """logps [N, T] and entropy [N, T] (nats) of the sampled tokens, with gradient, 0 elsewhere.
+
+    temperature divides the logits, as it did when the tokens were sampled; hidden = sampled_hidden if at hand.
+    """
+    hidden = sampled_hidden(model, rollout) if hidden is None else hidden
+    ids = rollout.tokens[rollout.loss_mask.bool()]
+    logps, entropies = linear_token_logp(
+        hidden, ids=ids, temperature=temperature, vocab_size=vocab_size, **lm_head(model)
+    )
+    return scatter(logps, rollout), scatter(entropies, rollout)
+
+
+def micro_batches(rollout: Rollout, max_tokens: int) -> Iterator[Tensor]:
+    """Rows [n] int64 of similar length whose padded size stays within max_tokens; every row once."""
+    lengths = rollout.attention_mask.sum(1).long()
+    order, lengths = lengths.argsort(stable=True).tolist(), lengths.tolist()
+    batch: list[int] = []
+    for row in order:  # ascending: the newest row is the longest
+        if batch and lengths[row] * (len(batch) + 1) > max_tokens:
+            yield torch.tensor(batch, device=rollout.tokens.device)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield torch.tensor(batch, device=rollout.tokens.device)
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module, rollout: Rollout, max_tokens: int, temperature: float = 1.0, vocab_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """token_logps of the whole rollout without gradient, micro-batch by micro-batch.  -> [N, T], [N, T]"""
+    logps, entropies = torch.zeros_like(rollout.behaviour_logps), torch.zeros_like(rollout.behaviour_logps)
+    for rows in micro_batches(rollout, max_tokens):
+        logps[rows], entropies[rows] = token_logps(model, rollout[rows], temperature, vocab_size)
+    return logps, entropies
+
+
+def carry(values: Tensor, source: Rollout, target: Rollout) -> Tensor:
+    """Values on the source's sampled tokens to the same tokens of target.  [N, Ts] -> [N, Tt], 0 elsewhere
+
+    source and target hold the same responses under different prompts (rollout.under_prompts).
+    """
+    if not torch.equal(source.loss_mask.sum(1), target.loss_mask.sum(1)):
+        raise ValueError("source and target hold different responses: their rows differ in sampled tokens")
+    return scatter(values[source.loss_mask.bool()], target)

@@ -1,0 +1,388 @@
+"""Tasks: where problems come from, and how an answer to one is graded.
+
+A task draws training problems as a pure function of integers, such as (seed, step), so that a resumed run needs no
+replay, and keeps a held-out list that no seed changes. The two never share a prompt: a prompt's hash decides.
+"""
+
+import ast
+import contextlib
+import difflib
+import importlib.util
+import itertools
+import math
+import random
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+from posttrain.common.cli import UserError
+
+CORRECT = 1.0  # the only grade that counts as correct, in rewards, accuracy and Pass@k alike: reward == CORRECT
+
+
+@dataclass
+class Example:
+    prompt: list[dict[str, str]]  # chat messages
+    answer: str
+    fields: dict = field(default_factory=dict)  # the data's other columns
+
+
+class Task(Protocol):
+    name: str
+
+    def draw(self, n: int, *key: int) -> list[Example]:
+        """n training problems, the same for the same key."""
+
+    def heldout(self, n: int) -> list[Example]:
+        """The first n held-out problems, the same for every seed; fewer if there are fewer."""
+
+    def grade(self, example: Example, completion: str) -> float:
+        """In [0, 1], and CORRECT or less."""
+
+    def demonstrate(self, example: Example, rng: random.Random) -> str | None:
+        """A written-out correct response, where the task knows one."""
+
+
+def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "answer") -> Task:
+    """addition | reasoning_gym:NAME[,option=value,...] | gsm8k | file.jsonl/.json/.csv/.parquet | DATASET[:config]"""
+    if spec == "addition":
+        return Addition()
+    if spec.startswith("reasoning_gym:"):
+        return ReasoningGym(spec)
+    if spec == "gsm8k":
+        if (prompt_column, answer_column) == ("prompt", "answer"):
+            prompt_column = "question"
+        return Rows(spec, *load_rows("openai/gsm8k:main"), prompt_column, answer_column)
+    return Rows(spec, *load_rows(spec), prompt_column, answer_column)
+
+
+def text_of(example: Example) -> str:
+    return "\n".join(message["content"] for message in example.prompt)
+
+
+def stable_hash(*texts: str) -> int:
+    """64 bits that are the same on every machine and in every process, unlike hash()."""
+    return int.from_bytes(blake2b("\0".join(texts).encode(), digest_size=8).digest())
+
+
+def rng_of(*key: int) -> random.Random:
+    return random.Random(" ".join(str(int(k)) for k in key))
+
+
+class Procedural:
+    """Endless problems from a generator. A tenth of all prompts, by hash, is held out."""
+
+    name: str
+
+    def problem(self, rng: random.Random) -> Example:
+        raise NotImplementedError
+
+    def demonstrate(self, example: Example, rng: random.Random) -> str | None:
+        return None
+
+    def stream(self, rng: random.Random, heldout: bool, n: int) -> Iterator[Example]:
+        for _ in range(1000 + 100 * n):  # then the generator counts as exhausted
+            example = self.problem(rng)
+            if (stable_hash(text_of(example)) % 10 == 0) == heldout:
+                yield example
+
+    def draw(self, n: int, *key: int) -> list[Example]:
+        out = list(itertools.islice(self.stream(rng_of(*key), False, n), n))
+        if len(out) < n:
+            raise UserError(f"task {self.name!r} has too few different problems to train on; widen its options")
+        return out
+
+    def heldout(self, n: int) -> list[Example]:
+        out: dict[str, Example] = {}
+        for example in self.stream(random.Random("held out"), True, n):
+            out.setdefault(text_of(example), example)
+            if len(out) == n:
+                break
+        if n and not out:
+            raise UserError(f"task {self.name!r} has too few different problems to hold any out; widen its options")
+        return list(out.values())
+
+
+class Addition(Procedural):
+    """123+456= answered by partial sums from either end: 500+70+9=579 (65% of demonstrations) or 9+70+500=579.
+
+    Only the outcome is graded: three terms, whatever they are, and the right sum behind the equals sign.
+    """
+
+    name = "addition"
+    form = re.compile(r"([0-9]+)\+[0-9]+\+([0-9]+)=([0-9]+)")
+    high_first = 0.65
+
+    def problem(self, rng: random.Random) -> Example:
+        a, b = rng.randint(100, 999), rng.randint(100, 999)
+        return Example([{"role": "user", "content": f"{a}+{b}="}], str(a + b), {"a": a, "b": b})
+
+    def grade(self, example: Example, completion: str) -> float:
+        match = self.form.fullmatch(completion)
+        return float(match is not None and match[3] == example.answer)
+
+    def demonstrate(self, example: Example, rng: random.Random) -> str:
+        a, b = example.fields["a"], example.fields["b"]
+        terms = [a // place % 10 * place + b // place % 10 * place for place in (100, 10, 1)]
+        terms = terms if rng.random() < self.high_first else terms[::-1]
+        return "+".join(map(str, terms)) + "=" + example.answer
+
+    def route(self, completion: str) -> str | None:
+        """The order a completion took: high (hundreds first), low (units first), or None if it has no such form."""
+        match = self.form.fullmatch(completion)
+        if match is None or len(match[1]) == len(match[2]):
+            return None
+        return "high" if len(match[1]) > len(match[2]) else "low"
+
+
+NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][+-]?\d+)?(?:/\d+)?")
+
+
+class ReasoningGym(Procedural):
+    """Any dataset of reasoning-gym; options are the fields of the dataset's config.
+
+    What is graded: the text of the last <answer>...</answer>; without a tag, the last number in the completion if
+    the gold answer is a number, else the last line that is not empty. A number is right or wrong. Elsewhere the
+    dataset's own partial credit counts, but only what exceeds the credit it gives to nonsense.
+    Some datasets call eval() on the answer they are given: train on those in a container.
+    """
+
+    suffix = "\nEnd with the final answer alone between tags: <answer>...</answer>"
+
+    def __init__(self, spec: str):
+        from reasoning_gym.factory import DATASETS, create_dataset
+
+        self.name = spec
+        name, *options = re.split(r",(?=\w+=)", spec.removeprefix("reasoning_gym:"))
+        if name not in DATASETS:
+            raise UserError(f"reasoning-gym has no dataset {name!r}{near(name, DATASETS)}")
+        known = set(DATASETS[name][1].__dataclass_fields__) - {"seed", "size"}
+        values = {}
+        for option in options:
+            key, _, value = option.partition("=")
+            if key not in known:
+                raise UserError(f"reasoning-gym's {name} has no option {key!r}{near(key, known)}")
+            values[key] = literal(value)
+        try:
+            self.data = create_dataset(name, **values, seed=0, size=2**31)
+        except Exception as error:
+            raise UserError(f"reasoning-gym's {name} refuses these options: {first_line(error)}") from None
+
+    def problem(self, rng: random.Random) -> Example:
+        for _ in range(100):  # a generator may give up on a seed
+            with contextlib.suppress(Exception):
+                entry = self.data[rng.randrange(2**31)]
+                break
+        else:
+            raise UserError(f"task {self.name!r}: the generator fails with these options; widen them")
+        return Example([{"role": "user", "content": entry["question"] + self.suffix}], str(entry["answer"]), entry)
+
+    def grade(self, example: Example, completion: str) -> float:
+        def score(answer: str) -> float:
+            return limited(self.data.score_answer, answer, example.fields) or 0.0
+
+        numeric = NUMBER.fullmatch(example.answer)
+        answer = final_answer(completion, bool(numeric))
+        grade = score(answer)
+        if numeric:
+            return float(grade == CORRECT)
+        return grade if grade > max(0.01, score("?")) else float(answer == example.answer)
+
+
+class Rows:
+    """A finite table. Rows of its test or validation split are held out, else the tenth with the lowest hashes.
+
+    The gold answer is the answer column, or its part behind "####" (GSM8K). A completion is correct if math-verify
+    finds it equal to the gold answer, or if its last line or <answer> is the gold answer letter for letter.
+    """
+
+    def __init__(self, name: str, train: Any, heldout: Any, prompt_column: str, answer_column: str):
+        self.name = name
+        examples = self.read(train, prompt_column, answer_column)
+        if heldout is not None:
+            self.test = self.read(heldout, prompt_column, answer_column)
+            seen = {text_of(example) for example in self.test}
+            self.train = [example for example in examples if text_of(example) not in seen]
+        else:
+            unique = list({text_of(example): example for example in reversed(examples)}.values())[::-1]
+            ranked = sorted(unique, key=lambda example: stable_hash(text_of(example)))
+            cut = math.ceil(len(unique) / 10)
+            self.test, self.train = ranked[:cut], ranked[cut:]
+        if not self.train or not self.test:
+            raise UserError(f"task {name!r} has {len(examples)} rows, too few to train on some and hold out others")
+
+    def read(self, table: Any, prompt_column: str, answer_column: str) -> list[Example]:
+        for column, flag in ((prompt_column, "--prompt-column"), (answer_column, "--answer-column")):
+            if column not in table.column_names:
+                there = ", ".join(table.column_names)
+                raise UserError(f"task {self.name!r} has no column {column!r}; {flag} can be one of: {there}")
+        out = []
+        for i, row in enumerate(table):
+            prompt, answer = row.pop(prompt_column), row[answer_column]
+            if not prompt or answer is None:
+                raise UserError(f"task {self.name!r}: row {i} lacks a prompt or an answer; remove or complete it")
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            out.append(Example(messages, str(answer).split("####")[-1].strip(), row | {"solution": str(answer)}))
+        return out
+
+    def draw(self, n: int, *key: int) -> list[Example]:
+        """Without replacement while n is at most the table's size; beyond that the whole table comes again."""
+        rng, out = rng_of(*key), []
+        while len(out) < n:
+            out += rng.sample(self.train, min(n - len(out), len(self.train)))
+        return out
+
+    def heldout(self, n: int) -> list[Example]:
+        return self.test[:n]
+
+    def grade(self, example: Example, completion: str) -> float:
+        if final_answer(completion, numeric=False) == example.answer:
+            return CORRECT
+        return float(bool(limited(same_mathematics, example.answer, completion)))
+
+    def demonstrate(self, example: Example, rng: random.Random) -> str:
+        return example.fields["solution"]
+
+
+def load_rows(spec: str) -> tuple[Any, Any]:
+    """The train table and the held-out table (None if the data has no split of its own)."""
+    import datasets
+
+    path, kind = Path(spec), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+    if path.suffix in kind and not path.is_file():
+        raise UserError(f"task {spec!r}: no such file in {Path.cwd()}")
+    datasets.disable_progress_bars()
+    try:
+        if path.suffix in kind:
+            splits = datasets.load_dataset(kind[path.suffix], data_files=str(path))
+        else:
+            name, _, config = spec.partition(":")
+            splits = datasets.load_dataset(name, config or None)
+    except Exception as error:
+        raise UserError(
+            f"task {spec!r} cannot be loaded ({first_line(error)}); give addition, reasoning_gym:NAME, gsm8k, a data "
+            "file or folder, or a name on the hub (which needs the network, or its files in the cache)"
+        ) from None
+    own = next((s for s in ("test", "validation") if s in splits), None)
+    train = next((s for s in ("train", *splits) if s in splits and s != own), own)
+    if not len(splits[train]):
+        raise UserError(f"task {spec!r} is empty; give a file with at least two rows")
+    return splits[train], None if own in (None, train) else splits[own]
+
+
+def final_answer(completion: str, numeric: bool) -> str:
+    """The text of the last <answer> tag; else the last number (numeric) or the last line that is not empty."""
+    if tagged := re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL):
+        return tagged[-1].strip()
+    if numeric:
+        return (NUMBER.findall(completion) or [""])[-1]
+    return (completion.strip().splitlines() or [""])[-1].strip()
+
+
+def same_mathematics(gold: str, completion: str) -> bool:
+    import logging
+
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its time limits are off: ours is on
+    written = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
+    golds = parse(written, parsing_timeout=None) or parse(gold, parsing_timeout=None)
+    return verify(golds, parse(completion, parsing_timeout=None), timeout_seconds=None)
+
+
+class Expired(BaseException):
+    """Not an Exception, so that the `except Exception` of a grader lets it through."""
+
+
+def limited(function: Callable, *args: Any, seconds: float = 3.0) -> Any:
+    """function(*args), or None if it raises or takes longer.
+
+    A signal stops it in the main thread. In others signals cannot be had: a thread runs it and is left behind.
+    """
+
+    def expire(*_: Any) -> None:
+        raise Expired
+
+    def guarded() -> Any:
+        try:
+            return function(*args)
+        except (Exception, Expired):
+            return None
+
+    if threading.current_thread() is not threading.main_thread():
+        result: list[Any] = []
+        worker = threading.Thread(target=lambda: result.append(guarded()), daemon=True)
+        worker.start()
+        worker.join(seconds)
+        return result[0] if result else None
+    before = signal.signal(signal.SIGALRM, expire)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again, should the first be swallowed
+        return guarded()
+    except Expired:
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def make_reward(spec: str, task: Task) -> Callable[[Example, str], float]:
+    """task = the task's grade | random = a coin thrown by hash, the no-signal control | path/to/file.py:function"""
+    if spec == "task":
+        return task.grade
+    if spec == "random":
+        return lambda example, completion: float(stable_hash(text_of(example), completion) % 2)
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py"):
+        raise UserError(f"--reward {spec!r} is not known; use task, random, or path/to/file.py:function")
+    if not Path(path).is_file():
+        raise UserError(f"--reward: no file {path!r} in {Path.cwd()}")
+    module_spec = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--reward: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
+    if not callable(getattr(module, name, None)):
+        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"--reward: {path} has no function {name!r}; it has: {', '.join(functions) or 'none'}")
+    return getattr(module, name)
+
+
+def grade_all(reward: Callable[[Example, str], float], examples: list[Example], completions: list[str]) -> list[float]:
+    """A reward for each row; NaN (unscorable, left out of the update) where the function raises or has no number."""
+    out, cause = [], None
+    for example, completion in zip(examples, completions, strict=True):
+        try:
+            value = float(reward(example, completion))
+            if not math.isfinite(value):
+                raise ValueError(f"it returned {value}")
+        except Exception as error:
+            value, cause = math.nan, cause or error
+        out.append(value)
+    if out and all(math.isnan(value) for value in out):
+        reason = f"{type(cause).__name__}: {first_line(cause)}"
+        raise UserError(f"the reward function scored none of {len(out)} completions; the first failed with {reason}")
+    return out
+
+
+def literal(text: str) -> Any:
+    """3 -> int, 0.5 -> float, true -> bool, [1, 2] -> list, anything else stays text."""
+    try:
+        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def near(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
+    return f"; near: {', '.join(close)}" if close else f"; it has: {', '.join(sorted(known)[:12])}, ..."
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,142 @@
+"""Optimizer, schedule, evaluation: what every loop needs and no paper is about."""
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.common.rollout import HFEngine, Rollout, Sampling
+from posttrain.common.tasks import CORRECT, Example
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+class Optimizer:
+    """AdamW over the trainable weights, a learning rate by training step, clipping, and a skip of non-finite steps."""
+
+    def __init__(self, model: nn.Module, config: Any):
+        self.config, self.skipped = config, 0
+        self.weights = [p for p in model.parameters() if p.requires_grad]
+        decay = config.weight_decay
+        self.adamw = torch.optim.AdamW(self.weights, config.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
+
+    def rate(self, step: int) -> float:
+        """Learning rate of training step 1..steps: linear warm-up, then down to 0 (linear, cosine) or constant."""
+        lr, warmup = self.config.lr, self.config.warmup
+        if step <= warmup:
+            return lr * step / warmup
+        left = 1 - (step - 1 - warmup) / max(1, self.config.steps - warmup)
+        return (
+            lr * {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[self.config.schedule]
+        )
+
+    def step(self, step: int) -> dict[str, float]:
+        """Clip, update unless the gradient is not finite, clear the gradients; returns the optim/* metrics."""
+        for group in self.adamw.param_groups:
+            group["lr"] = self.rate(step)
+        norm = nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm).item()
+        if math.isfinite(norm):
+            self.adamw.step()
+        else:
+            self.skipped += 1
+        self.adamw.zero_grad(set_to_none=True)
+        return {"optim/lr": self.rate(step), "optim/grad_norm": norm, "optim/skipped": self.skipped}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"adamw": self.adamw.state_dict(), "skipped": self.skipped}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.adamw.load_state_dict(state["adamw"])
+        self.skipped = state["skipped"]
+
+
+def pass_at_k(correct: Tensor, k: int) -> Tensor:
+    """Unbiased chance that one of k samples is right, from n >= k samples (Chen et al. 2021).  bool [P, n] -> [P]"""
+    n, c = correct.shape[1], correct.sum(1).double()
+    i = torch.arange(k, dtype=torch.float64)
+    return 1 - ((n - c[:, None] - i).clamp(min=0) / (n - i)).prod(1)
+
+
+def evaluate(
+    engine: HFEngine, problems: list[Example], grade: Callable[[Example, str], float], samples: int, sampling: Sampling,
+    seed: int,
+) -> tuple[dict[str, float], Rollout]:  # fmt: skip
+    """Avg@samples, Pass@samples and greedy accuracy; the same problems and random numbers at every call of a run."""
+    rollout = engine.generate(problems, samples, sampling, key=(seed, 0, 1))
+    rollout.reward = torch.tensor([grade(e, t) for e, t in zip(rollout.examples, rollout.texts, strict=True)])
+    correct = (rollout.reward == CORRECT).view(-1, samples)
+    greedy = engine.generate(problems, 1, Sampling(0.0, sampling.max_new_tokens), key=(seed, 0, 2))
+    greedy_correct = torch.tensor([grade(e, t) for e, t in zip(problems, greedy.texts, strict=True)]) == CORRECT
+    average = correct.double().mean(1)
+    metrics = {
+        "eval/accuracy": average.mean().item(),
+        "eval/accuracy_se": average.std().item() / math.sqrt(len(problems)) if len(problems) > 1 else 0.0,
+        "eval/pass_at_k": pass_at_k(correct, samples).mean().item(),
+        "eval/greedy": greedy_correct.double().mean().item(),
+    }
+    return metrics, rollout
+
+
+class Stats:
+    """Sums over micro-batches, fetched from the device once a step."""
+
+    def __init__(self):
+        self.sums: dict[str, Any] = defaultdict(float)
+        self.per_token, self.n_tokens, self.ratio_max = set(), 0.0, None
+
+    @torch.no_grad()
+    def tokens(self, mask: Tensor, values: dict[str, Tensor], count: bool = True) -> None:
+        """Values [N, T] to average over tokens where mask is 1; count=False if these tokens are counted already."""
+        self.n_tokens = self.n_tokens + (mask.sum() if count else 0)
+        for key, value in values.items():
+            self.per_token.add(key)
+            self.sums[key] = self.sums[key] + torch.where(mask > 0, value, 0).sum()
+
+    @torch.no_grad()
+    def engine(self, mask: Tensor, logps: Tensor, behaviour_logps: Tensor) -> None:
+        """engine/*: how far the trainer's log-probs of the fresh batch are from the sampler's."""
+        gap = torch.where(mask > 0, logps - behaviour_logps, 0)
+        self.tokens(mask, {"engine/logp_gap": gap.abs()}, count=False)
+        largest = gap.max().exp()
+        self.ratio_max = largest if self.ratio_max is None else torch.maximum(self.ratio_max, largest)
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Scalars that are summed, such as a micro-batch's share of the loss."""
+        for key, value in values.items():
+            self.sums[key] = self.sums[key] + value.detach()
+
+    def metrics(self) -> dict[str, float]:
+        n_tokens = max(1.0, float(self.n_tokens))
+        out = {k: float(v) / (n_tokens if k in self.per_token else 1) for k, v in self.sums.items()}
+        return out if self.ratio_max is None else {**out, "engine/ratio_max": float(self.ratio_max)}
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """train/* of the batch just sampled and graded (README, table of metrics)."""
+    reward, n = rollout.reward.nan_to_num(0).double().cpu(), rollout.loss_mask.sum(1)
+    groups = [reward[rollout.group.cpu() == g] for g in rollout.group.unique().tolist()]
+    return {
+        "train/reward": reward.mean().item(),
+        "train/accuracy": (reward == CORRECT).double().mean().item(),
+        "train/zero_signal": sum(bool((g == g[0]).all()) for g in groups) / len(groups),
+        "train/length": n.mean().item(),
+        "train/truncated": 1 - rollout.finished.double().mean().item(),
+    }
+
+
+def times(clock: list[float], rollout: Rollout) -> dict[str, float]:
+    """time/*, all seconds, from the moments before sampling and after sampling, scoring and updating."""
+    sample, score, update = (b - a for a, b in itertools.pairwise(clock))
+    total = {"time/sample": sample, "time/score": score, "time/update": update}
+    return {**total, "time/tokens_per_second": rollout.loss_mask.sum().item() / (clock[-1] - clock[0])}
+
+
+@torch.no_grad()
+def mix_weights(target: nn.Module, source: nn.Module, mix: float) -> None:
+    """target <- mix source + (1 - mix) target, weight by weight."""
+    for old, new in zip(target.parameters(), source.parameters(), strict=True):
+        old.lerp_(new.to(old.dtype), mix)
