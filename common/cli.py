@@ -15,10 +15,15 @@ class UserError(Exception):
     """Something the user can mend. The message is one line: the cause, then what to do."""
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: Any, message: str) -> None:
     """Raise UserError with the message unless condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something."""
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def fail(message: str) -> NoReturn:
@@ -27,16 +32,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def parse(config_class: type, args: list[str] | None = None, presets: dict[str, dict[str, Any]] | None = None) -> Any:
+def parse(config_class: type, presets: dict[str, dict[str, Any]]) -> Any:
     """Flags -> config_class. With presets, `--preset NAME` changes the defaults and explicit flags still win."""
-    args = sys.argv[1:] if args is None else args
-    boxes = io.StringIO()
+    boxes, about = io.StringIO(), sys.modules[config_class.__module__].__doc__
     try:
         with contextlib.redirect_stderr(boxes):
-            config = tyro.cli(config_class, args=args, description=sys.modules[config_class.__module__].__doc__)
+            config = tyro.cli(config_class, description=about)
             if presets:
-                defaults = dataclasses.replace(config_class(), **presets[config.preset])
-                config = tyro.cli(config_class, args=args, default=defaults)
+                config = tyro.cli(config_class, default=dataclasses.replace(config_class(), **presets[config.preset]))
         return config
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
@@ -49,7 +52,7 @@ def parse(config_class: type, args: list[str] | None = None, presets: dict[str, 
 
 def cli(main: Callable[[Any], None], config_class: type, presets: dict[str, dict[str, Any]] | None = None) -> None:
     """Entry point of every script: parse, run, and turn a UserError into its line."""
-    config = parse(config_class, presets=presets)
+    config = parse(config_class, presets or {})
     try:
         main(config)
     except UserError as error:

@@ -1,5 +1,6 @@
 """Policies and teachers: any causal language model of transformers, from a folder, the hub or the tiny ones here."""
 
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -8,15 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from posttrain.common.cli import UserError
+from posttrain.common.cli import UserError, first_line, require
 
 TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 transformers_logging.set_verbosity_error()
+logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry; one line of ours is enough
 transformers_logging.disable_progress_bar()
 
 
@@ -36,17 +38,22 @@ def prepare(config: Any) -> torch.device:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.empty(0, device=auto if config.device == "auto" else config.device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {config.device!r} cannot be used here ({reason}); try --device cpu") from None
+        raise UserError(f"no device {config.device!r} here ({first_line(error)}); try --device cpu") from None
+
+
+def from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
+    """kind.from_pretrained, whose failures become one line."""
+    try:
+        return kind.from_pretrained(resolve(name), **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        built_in = ", ".join(sorted(path.name for path in TINY.iterdir()))
+        known = f"not one of the built-in {built_in}, nor a Hugging Face folder, nor a name that the hub answers for"
+        raise UserError(f"cannot load {name!r}: {known} ({first_line(error)})") from None
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    except (OSError, ValueError, KeyError) as error:
-        raise not_loadable(name, error) from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name!r} has no end-of-sequence token; set eos_token in its folder")
+    tokenizer = from_pretrained(AutoTokenizer, name)
+    require(tokenizer.eos_token_id is not None, f"the tokenizer of {name!r} has no eos_token; set it in its folder")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only fills; masks come from lengths, never from ids
     return tokenizer
@@ -60,29 +67,16 @@ def load_model(
     A trained model keeps fp32 weights whatever the dtype (steps of 1e-6 vanish in bf16); with dtype bfloat16 it
     computes under autocast. A frozen model is held in dtype itself. With lora_rank > 0 only adapters train.
     """
-    try:
-        config = AutoConfig.from_pretrained(resolve(name))
-        weights = DTYPES["float32"] if train and dtype == "bfloat16" else DTYPES[dtype]
-        model = AutoModelForCausalLM.from_pretrained(resolve(name), config=config, dtype=weights)
-    except (OSError, ValueError, KeyError) as error:
-        raise not_loadable(name, error) from None
+    mixed = train and dtype == "bfloat16"
+    model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32 if mixed else DTYPES[dtype])
     model = model.to(device).eval().requires_grad_(train)
     if lora_rank and train:
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear"))
-        model = model.eval()
-    model.autocast_dtype = torch.bfloat16 if train and dtype == "bfloat16" else None
+        lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+        model = get_peft_model(model, lora).eval()
+    model.autocast_dtype = torch.bfloat16 if mixed else None
     return model
-
-
-def not_loadable(name: str, error: Exception) -> UserError:
-    built_in = ", ".join(sorted(path.name for path in TINY.iterdir()))
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return UserError(
-        f"cannot load model {name!r}: not one of the built-in {built_in}, and neither a folder in Hugging Face format "
-        f"nor a name the hub answers for ({reason[:160]})"
-    )
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -96,31 +90,19 @@ def autocast(model: nn.Module) -> torch.autocast:
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Plain Hugging Face folder (adapters merged), written beside the target and renamed into place."""
+    """Plain Hugging Face folder, written beside the target and renamed into place. Adapters are merged for good."""
     partial = folder.with_name(folder.name + ".partial")
-    if hasattr(model, "get_base_model"):
-        model.merge_adapter()
-        state = {k.replace(".base_layer", ""): v for k, v in plain(model).state_dict().items() if ".lora_" not in k}
-        plain(model).save_pretrained(partial, state_dict=state)
-        model.unmerge_adapter()
-    else:
-        model.save_pretrained(partial)
+    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    replace_folder(partial, folder)
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Rename new to target, removing what was there."""
-    if target.exists():
-        shutil.rmtree(target)
-    new.rename(target)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a response: the tokenizer's and all of the generation config's (Qwen3 has two)."""
     ids = plain(model).generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return sorted({*ids, tokenizer.eos_token_id})
+    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 
 def shared_vocabulary(student: nn.Module, student_tokenizer, teacher: nn.Module, teacher_tokenizer) -> int:
@@ -131,8 +113,6 @@ def shared_vocabulary(student: nn.Module, student_tokenizer, teacher: nn.Module,
     ours, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if ours != theirs:
         token = next(t for t in sorted(ours.keys() | theirs.keys()) if ours.get(t) != theirs.get(t))
-        raise UserError(
-            f"student and teacher have different vocabularies ({len(ours)} and {len(theirs)} tokens, first difference "
-            f"{token!r}); token-level distillation needs one tokenizer: choose models of one family"
-        )
+        sizes = f"{len(ours)} and {len(theirs)} tokens, first difference {token!r}"
+        raise UserError(f"student and teacher have different vocabularies ({sizes}): choose models of one family")
     return min(plain(m).get_output_embeddings().weight.shape[0] for m in (student, teacher))

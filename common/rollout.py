@@ -1,5 +1,6 @@
 """Rollouts: prompts in, sampled responses out, in the one layout that every method uses."""
 
+import itertools
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicCache
 
-from posttrain.common.cli import UserError
+from posttrain.common.cli import require
 from posttrain.common.models import autocast, plain, stop_ids
 from posttrain.common.tasks import Example
+
+Ids = list[int]
 
 
 @dataclass
@@ -66,9 +69,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     return tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
 
 
-def assemble(
-    prompts: list[list[int]], responses: list[list[int]], pad: int, logps: list | None = None, **rest
-) -> Rollout:
+def assemble(prompts: list[Ids], responses: list[Ids], pad: int, logps: list | None = None, **rest) -> Rollout:
     """Single-turn rows of prompt + response ids as a Rollout; logps lists each response's; rest fills other fields."""
     n, width = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     tokens = torch.full((n, width), pad)
@@ -80,23 +81,17 @@ def assemble(
         loss_mask[i, start:end] = 1
         if logps:
             behaviour_logps[i, start:end] = torch.tensor(logps[i])
-    blank = {
-        "group": torch.arange(n),
-        "finished": torch.ones(n, dtype=torch.bool),
-        "reward": torch.full((n,), torch.nan),
-        "texts": [""] * n,
-        "examples": [Example([], "")] * n,
-    }
+    blank = {"group": torch.arange(n), "finished": torch.ones(n, dtype=torch.bool), "texts": [""] * n}
+    blank |= {"reward": torch.full((n,), torch.nan), "examples": [Example([], "")] * n}
     return Rollout(tokens, attention_mask, loss_mask, loss_mask.long() - 1, behaviour_logps, **{**blank, **rest})
 
 
-def written(tokenizer: PreTrainedTokenizerBase, examples: list[Example], texts: list[str]) -> Rollout:
-    """Responses that nobody sampled (data, demonstrations) as a Rollout, each closed by the end token."""
+def written(tokenizer: PreTrainedTokenizerBase, examples: list[Example], texts: list[str], n: int = 1) -> Rollout:
+    """Responses that nobody sampled, n to a prompt, as a Rollout, each closed by the end token."""
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     prompts = [encode(tokenizer, example.prompt) for example in examples]
-    seen: dict[int, int] = {}
-    group = torch.tensor([seen.setdefault(id(example), len(seen)) for example in examples])
-    return assemble(prompts, ids, tokenizer.pad_token_id, texts=list(texts), examples=examples, group=group)
+    group = torch.arange(len(examples)) // n
+    return assemble(prompts, ids, tokenizer.pad_token_id, texts=texts, examples=examples, group=group)
 
 
 def under_prompts(rollout: Rollout, prompts: list[list[int]], pad: int) -> Rollout:
@@ -105,39 +100,32 @@ def under_prompts(rollout: Rollout, prompts: list[list[int]], pad: int) -> Rollo
     prompts: N lists of ids. What follows the prompt moves as one block, environment tokens included, so the k-th
     sampled token of a row stays its k-th sampled token; scoring.carry brings values back to the old positions.
     """
-    lengths = rollout.attention_mask.sum(1).long().tolist()
-    starts = [
-        first if any_ else end
-        for first, any_, end in zip(
-            rollout.loss_mask.argmax(1).tolist(), rollout.loss_mask.any(1).tolist(), lengths, strict=True
-        )
-    ]
-    moved = assemble(prompts, [[pad] * (e - s) for s, e in zip(starts, lengths, strict=True)], pad)
+    lengths = rollout.attention_mask.sum(1).long()
+    starts = torch.minimum((rollout.loss_mask.cumsum(1) == 0).sum(1), lengths).tolist()  # of what follows the prompt
+    lengths = lengths.tolist()
+    moved = assemble(prompts, [[pad] * (end - start) for start, end in zip(starts, lengths, strict=True)], pad)
     for name in ("tokens", "loss_mask", "turn", "behaviour_logps"):
         source, target = getattr(rollout, name).cpu(), getattr(moved, name)
         for i, prompt in enumerate(prompts):
             block = source[i, starts[i] : lengths[i]]
             target[i, len(prompt) : len(prompt) + len(block)] = block
-    same = {f: getattr(rollout, f) for f in ("group", "finished", "reward", "texts", "examples")}
+    same = {name: getattr(rollout, name) for name in ("group", "finished", "reward", "texts", "examples")}
     return replace(to_device(moved, rollout.tokens.device), **same)
 
 
 def concat(rollouts: list[Rollout], pad: int) -> Rollout:
     """Rollouts one after another as one, padded to the widest, groups renumbered."""
     width = max(r.tokens.shape[1] for r in rollouts)
-    out, groups = {}, 0
+    out: dict = {}
     for f in fields(Rollout):
         parts = [getattr(r, f.name) for r in rollouts]
-        if f.name in ("texts", "examples"):
-            out[f.name] = [x for part in parts for x in part]
-            continue
-        if parts[0].dim() == 2:
+        if f.name == "group":
+            starts = [0, *itertools.accumulate(int(part.max()) + 1 for part in parts)]
+            parts = [part + start for part, start in zip(parts, starts, strict=False)]
+        elif isinstance(parts[0], Tensor) and parts[0].dim() == 2:
             fill = {"tokens": pad, "turn": -1}.get(f.name, 0)
             parts = [nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts]
-        out[f.name] = torch.cat(parts)
-    for r, end in zip(rollouts, torch.tensor([len(r) for r in rollouts]).cumsum(0).tolist(), strict=True):
-        out["group"][end - len(r) : end] += groups
-        groups += int(r.group.max()) + 1
+        out[f.name] = torch.cat(parts) if isinstance(parts[0], Tensor) else list(itertools.chain(*parts))
     return Rollout(**out)
 
 
@@ -180,11 +168,10 @@ class HFEngine:
         prompts = [encode(self.tokenizer, example.prompt) for example in examples]
         longest = max(map(len, prompts)) + sampling.max_new_tokens
         limit = getattr(plain(self.model).config, "max_position_embeddings", None) or longest
-        if longest > limit:
-            raise UserError(
-                f"a prompt of {longest - sampling.max_new_tokens} tokens and {sampling.max_new_tokens} new ones exceed "
-                f"the model's {limit} positions; shorten the data or lower --max-new-tokens"
-            )
+        fits = (
+            f"the longest prompt and --max-new-tokens take {longest} positions, the model has {limit}; lower the flag"
+        )
+        require(longest <= limit, fits)
         noise = torch.Generator().manual_seed(seed_of(*key))
         u = torch.rand(len(prompts), n, sampling.max_new_tokens, generator=noise)
         per_batch = max(1, self.batch_tokens // (n * longest))
@@ -219,14 +206,8 @@ class HFEngine:
 
         def forward(tokens: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
             with autocast(self.model):
-                return model(
-                    input_ids=tokens,
-                    attention_mask=mask if padded else None,
-                    position_ids=position,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
+                inputs = {"input_ids": tokens, "position_ids": position, "attention_mask": mask if padded else None}
+                return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
         # Every prompt is read once and its cache repeated for the group.
         cache = DynamicCache(config=model.config)
@@ -263,8 +244,4 @@ class HFEngine:
         )
 
 
-def make_engine(kind: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> HFEngine:
-    """The sampler behind `--rollout`: hf = transformers with the trainer's own weights."""
-    if kind != "hf":
-        raise UserError(f"--rollout {kind!r} is not known; use hf")
-    return HFEngine(model, tokenizer)
+ENGINES = {"hf": HFEngine}  # the samplers behind --rollout

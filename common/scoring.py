@@ -4,7 +4,6 @@ Hidden states come from the transformers backbone; the LM head is applied in `ke
 [tokens, vocabulary] for more than one chunk. Every [N, T] result lines up with the rollout's masks.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,12 +21,6 @@ def lm_head(model: nn.Module) -> dict[str, Any]:
     return {"weight": head.weight, "bias": getattr(head, "bias", None), "softcap": softcap}
 
 
-def logit_scale(model: nn.Module) -> float:
-    """What the model multiplies its logits by (Cohere, Granite)."""
-    config = plain(model).config
-    return getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-
-
 def sampled_hidden(model: nn.Module, rollout: Rollout) -> Tensor:
     """The hidden state that predicts each sampled token, row after row.  -> [n, H], n = loss_mask.sum()
 
@@ -39,7 +32,9 @@ def sampled_hidden(model: nn.Module, rollout: Rollout) -> Tensor:
         # Padding is on the right and attention is causal, so no real token sees it: no mask, the fast path.
         hidden = plain(model).get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
     hidden = hidden[:, :-1][sampled[:, 1:]]  # the only shift in the project: position t-1 predicts token t
-    return hidden * logit_scale(model)
+    config = plain(model).config
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return hidden * scale  # Cohere multiplies its logits, Granite divides them
 
 
 def scatter(values: Tensor, rollout: Rollout) -> Tensor:
@@ -67,18 +62,16 @@ def token_logps(
     return scatter(logps, rollout), scatter(entropies, rollout)
 
 
-def micro_batches(rollout: Rollout, max_tokens: int) -> Iterator[Tensor]:
+def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
     """Rows [n] int64 of similar length whose padded size stays within max_tokens; every row once."""
     lengths = rollout.attention_mask.sum(1).long()
     order, lengths = lengths.argsort(stable=True).tolist(), lengths.tolist()
-    batch: list[int] = []
+    batches: list[list[int]] = [[]]
     for row in order:  # ascending: the newest row is the longest
-        if batch and lengths[row] * (len(batch) + 1) > max_tokens:
-            yield torch.tensor(batch, device=rollout.tokens.device)
-            batch = []
-        batch.append(row)
-    if batch:
-        yield torch.tensor(batch, device=rollout.tokens.device)
+        if batches[-1] and lengths[row] * (len(batches[-1]) + 1) > max_tokens:
+            batches.append([])
+        batches[-1].append(row)
+    return [torch.tensor(batch, device=rollout.tokens.device) for batch in batches]
 
 
 @torch.no_grad()

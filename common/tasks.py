@@ -1,26 +1,32 @@
 """Tasks: where problems come from, and how an answer to one is graded.
 
-A task draws training problems as a pure function of integers, such as (seed, step), so that a resumed run needs no
-replay, and keeps a held-out list that no seed changes. The two never share a prompt: a prompt's hash decides.
+Every task has a name and four methods:
+    draw(n, *key)             n training problems, a pure function of the integers of key, such as (seed, step)
+    heldout(n)                the first n held-out problems, the same for every seed; fewer if there are fewer
+    grade(example, text)      in [0, 1]; CORRECT or less
+    demonstrate(example, rng) a correct response, written out where the task knows how
+Training and held-out problems never share a prompt: a prompt's hash decides.
 """
 
-import ast
 import contextlib
 import difflib
-import importlib.util
 import itertools
+import logging
 import math
+import multiprocessing
 import random
 import re
-import signal
-import threading
+import site
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from posttrain.common.cli import UserError
+import yaml
+from pebble import ProcessPool
+
+from posttrain.common.cli import UserError, first_line, require
 
 CORRECT = 1.0  # the only grade that counts as correct, in rewards, accuracy and Pass@k alike: reward == CORRECT
 
@@ -32,35 +38,6 @@ class Example:
     fields: dict = field(default_factory=dict)  # the data's other columns
 
 
-class Task(Protocol):
-    name: str
-
-    def draw(self, n: int, *key: int) -> list[Example]:
-        """n training problems, the same for the same key."""
-
-    def heldout(self, n: int) -> list[Example]:
-        """The first n held-out problems, the same for every seed; fewer if there are fewer."""
-
-    def grade(self, example: Example, completion: str) -> float:
-        """In [0, 1], and CORRECT or less."""
-
-    def demonstrate(self, example: Example, rng: random.Random) -> str | None:
-        """A written-out correct response, where the task knows one."""
-
-
-def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "answer") -> Task:
-    """addition | reasoning_gym:NAME[,option=value,...] | gsm8k | file.jsonl/.json/.csv/.parquet | DATASET[:config]"""
-    if spec == "addition":
-        return Addition()
-    if spec.startswith("reasoning_gym:"):
-        return ReasoningGym(spec)
-    if spec == "gsm8k":
-        if (prompt_column, answer_column) == ("prompt", "answer"):
-            prompt_column = "question"
-        return Rows(spec, *load_rows("openai/gsm8k:main"), prompt_column, answer_column)
-    return Rows(spec, *load_rows(spec), prompt_column, answer_column)
-
-
 def text_of(example: Example) -> str:
     return "\n".join(message["content"] for message in example.prompt)
 
@@ -70,20 +47,8 @@ def stable_hash(*texts: str) -> int:
     return int.from_bytes(blake2b("\0".join(texts).encode(), digest_size=8).digest())
 
 
-def rng_of(*key: int) -> random.Random:
-    return random.Random(" ".join(str(int(k)) for k in key))
-
-
 class Procedural:
-    """Endless problems from a generator. A tenth of all prompts, by hash, is held out."""
-
-    name: str
-
-    def problem(self, rng: random.Random) -> Example:
-        raise NotImplementedError
-
-    def demonstrate(self, example: Example, rng: random.Random) -> str | None:
-        return None
+    """Endless problems from a generator, self.problem(rng). A tenth of all prompts, by hash, is held out."""
 
     def stream(self, rng: random.Random, heldout: bool, n: int) -> Iterator[Example]:
         for _ in range(1000 + 100 * n):  # then the generator counts as exhausted
@@ -92,9 +57,8 @@ class Procedural:
                 yield example
 
     def draw(self, n: int, *key: int) -> list[Example]:
-        out = list(itertools.islice(self.stream(rng_of(*key), False, n), n))
-        if len(out) < n:
-            raise UserError(f"task {self.name!r} has too few different problems to train on; widen its options")
+        out = list(itertools.islice(self.stream(random.Random(repr(key)), False, n), n))
+        require(len(out) == n, f"task {self.name!r} has too few different problems to train on; widen its options")
         return out
 
     def heldout(self, n: int) -> list[Example]:
@@ -103,8 +67,7 @@ class Procedural:
             out.setdefault(text_of(example), example)
             if len(out) == n:
                 break
-        if n and not out:
-            raise UserError(f"task {self.name!r} has too few different problems to hold any out; widen its options")
+        require(bool(out), f"task {self.name!r} has too few different problems to hold any out; widen its options")
         return list(out.values())
 
 
@@ -146,10 +109,9 @@ NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][+-]?\d+)?(?:/\
 class ReasoningGym(Procedural):
     """Any dataset of reasoning-gym; options are the fields of the dataset's config.
 
-    What is graded: the text of the last <answer>...</answer>; without a tag, the last number in the completion if
-    the gold answer is a number, else the last line that is not empty. A number is right or wrong. Elsewhere the
-    dataset's own partial credit counts, but only what exceeds the credit it gives to nonsense.
-    Some datasets call eval() on the answer they are given: train on those in a container.
+    What is graded: the last <answer>...</answer>; without one, the last number if the gold answer is a number, else
+    the last line that is not empty. A number is right or wrong; elsewhere the dataset's partial credit counts, but
+    only beyond what nonsense gets. Some datasets call eval() on the answer: train on those in a container.
     """
 
     suffix = "\nEnd with the final answer alone between tags: <answer>...</answer>"
@@ -159,15 +121,13 @@ class ReasoningGym(Procedural):
 
         self.name = spec
         name, *options = re.split(r",(?=\w+=)", spec.removeprefix("reasoning_gym:"))
-        if name not in DATASETS:
-            raise UserError(f"reasoning-gym has no dataset {name!r}{near(name, DATASETS)}")
+        require(name in DATASETS, f"reasoning-gym has no dataset {name!r}{near(name, DATASETS)}")
         known = set(DATASETS[name][1].__dataclass_fields__) - {"seed", "size"}
         values = {}
         for option in options:
             key, _, value = option.partition("=")
-            if key not in known:
-                raise UserError(f"reasoning-gym's {name} has no option {key!r}{near(key, known)}")
-            values[key] = literal(value)
+            require(key in known, f"reasoning-gym's {name} has no option {key!r}{near(key, known)}")
+            values[key] = yaml.safe_load(value)
         try:
             self.data = create_dataset(name, **values, seed=0, size=2**31)
         except Exception as error:
@@ -177,21 +137,23 @@ class ReasoningGym(Procedural):
         for _ in range(100):  # a generator may give up on a seed
             with contextlib.suppress(Exception):
                 entry = self.data[rng.randrange(2**31)]
-                break
-        else:
-            raise UserError(f"task {self.name!r}: the generator fails with these options; widen them")
-        return Example([{"role": "user", "content": entry["question"] + self.suffix}], str(entry["answer"]), entry)
+                prompt = [{"role": "user", "content": entry["question"] + self.suffix}]
+                return Example(prompt, str(entry["answer"]), entry)
+        raise UserError(f"task {self.name!r}: the generator fails with these options; widen them")
+
+    def demonstrate(self, example: Example, rng: random.Random) -> str:
+        return f"<answer>{example.answer}</answer>"
+
+    def score(self, example: Example, answer: str) -> float:
+        return limited(self.data.score_answer, answer, example.fields) or 0.0
 
     def grade(self, example: Example, completion: str) -> float:
-        def score(answer: str) -> float:
-            return limited(self.data.score_answer, answer, example.fields) or 0.0
-
         numeric = NUMBER.fullmatch(example.answer)
         answer = final_answer(completion, bool(numeric))
-        grade = score(answer)
+        grade = self.score(example, answer)
         if numeric:
             return float(grade == CORRECT)
-        return grade if grade > max(0.01, score("?")) else float(answer == example.answer)
+        return grade if grade > max(0.01, self.score(example, "?")) else float(answer == example.answer)
 
 
 class Rows:
@@ -213,26 +175,26 @@ class Rows:
             ranked = sorted(unique, key=lambda example: stable_hash(text_of(example)))
             cut = math.ceil(len(unique) / 10)
             self.test, self.train = ranked[:cut], ranked[cut:]
-        if not self.train or not self.test:
-            raise UserError(f"task {name!r} has {len(examples)} rows, too few to train on some and hold out others")
+        require(self.train and self.test, f"task {name!r}: {len(examples)} rows are too few to train on and hold out")
 
     def read(self, table: Any, prompt_column: str, answer_column: str) -> list[Example]:
+        there = table.column_names
         for column, flag in ((prompt_column, "--prompt-column"), (answer_column, "--answer-column")):
-            if column not in table.column_names:
-                there = ", ".join(table.column_names)
-                raise UserError(f"task {self.name!r} has no column {column!r}; {flag} can be one of: {there}")
+            require(
+                column in there,
+                f"task {self.name!r} has no column {column!r}; {flag} can be one of: {', '.join(there)}",
+            )
         out = []
         for i, row in enumerate(table):
             prompt, answer = row.pop(prompt_column), row[answer_column]
-            if not prompt or answer is None:
-                raise UserError(f"task {self.name!r}: row {i} lacks a prompt or an answer; remove or complete it")
+            require(prompt and answer is not None, f"task {self.name!r}: row {i} lacks a prompt or an answer")
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             out.append(Example(messages, str(answer).split("####")[-1].strip(), row | {"solution": str(answer)}))
         return out
 
     def draw(self, n: int, *key: int) -> list[Example]:
         """Without replacement while n is at most the table's size; beyond that the whole table comes again."""
-        rng, out = rng_of(*key), []
+        rng, out = random.Random(repr(key)), []
         while len(out) < n:
             out += rng.sample(self.train, min(n - len(out), len(self.train)))
         return out
@@ -241,12 +203,25 @@ class Rows:
         return self.test[:n]
 
     def grade(self, example: Example, completion: str) -> float:
-        if final_answer(completion, numeric=False) == example.answer:
-            return CORRECT
-        return float(bool(limited(same_mathematics, example.answer, completion)))
+        literal = final_answer(completion, numeric=False) == example.answer
+        return float(literal or bool(limited(same_mathematics, example.answer, completion)))
 
     def demonstrate(self, example: Example, rng: random.Random) -> str:
         return example.fields["solution"]
+
+
+Task = Addition | ReasoningGym | Rows
+
+
+def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "answer") -> Task:
+    """addition | reasoning_gym:NAME[,option=value,...] | gsm8k | file.jsonl/.json/.csv/.parquet | DATASET[:config]"""
+    if spec == "addition":
+        return Addition()
+    if spec.startswith("reasoning_gym:"):
+        return ReasoningGym(spec)
+    if spec == "gsm8k":
+        return Rows(spec, *load_rows("openai/gsm8k:main"), "question", "answer")
+    return Rows(spec, *load_rows(spec), prompt_column, answer_column)
 
 
 def load_rows(spec: str) -> tuple[Any, Any]:
@@ -254,8 +229,7 @@ def load_rows(spec: str) -> tuple[Any, Any]:
     import datasets
 
     path, kind = Path(spec), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    if path.suffix in kind and not path.is_file():
-        raise UserError(f"task {spec!r}: no such file in {Path.cwd()}")
+    require(path.suffix not in kind or path.is_file(), f"task {spec!r}: no such file in {Path.cwd()}")
     datasets.disable_progress_bars()
     try:
         if path.suffix in kind:
@@ -264,14 +238,11 @@ def load_rows(spec: str) -> tuple[Any, Any]:
             name, _, config = spec.partition(":")
             splits = datasets.load_dataset(name, config or None)
     except Exception as error:
-        raise UserError(
-            f"task {spec!r} cannot be loaded ({first_line(error)}); give addition, reasoning_gym:NAME, gsm8k, a data "
-            "file or folder, or a name on the hub (which needs the network, or its files in the cache)"
-        ) from None
+        known = "addition, reasoning_gym:NAME, gsm8k, a data file or folder, or a name that the hub answers for"
+        raise UserError(f"task {spec!r} cannot be loaded ({first_line(error)}); give {known}") from None
     own = next((s for s in ("test", "validation") if s in splits), None)
     train = next((s for s in ("train", *splits) if s in splits and s != own), own)
-    if not len(splits[train]):
-        raise UserError(f"task {spec!r} is empty; give a file with at least two rows")
+    require(len(splits[train]) > 0, f"task {spec!r} is empty; give a file with at least two rows")
     return splits[train], None if own in (None, train) else splits[own]
 
 
@@ -285,8 +256,6 @@ def final_answer(completion: str, numeric: bool) -> str:
 
 
 def same_mathematics(gold: str, completion: str) -> bool:
-    import logging
-
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its time limits are off: ours is on
@@ -295,40 +264,20 @@ def same_mathematics(gold: str, completion: str) -> bool:
     return verify(golds, parse(completion, parsing_timeout=None), timeout_seconds=None)
 
 
-class Expired(BaseException):
-    """Not an Exception, so that the `except Exception` of a grader lets it through."""
+GRADERS: list[ProcessPool] = []  # one process that graders run in, started when first needed
 
 
-def limited(function: Callable, *args: Any, seconds: float = 3.0) -> Any:
-    """function(*args), or None if it raises or takes longer.
-
-    A signal stops it in the main thread. In others signals cannot be had: a thread runs it and is left behind.
-    """
-
-    def expire(*_: Any) -> None:
-        raise Expired
-
-    def guarded() -> Any:
-        try:
-            return function(*args)
-        except (Exception, Expired):
-            return None
-
-    if threading.current_thread() is not threading.main_thread():
-        result: list[Any] = []
-        worker = threading.Thread(target=lambda: result.append(guarded()), daemon=True)
-        worker.start()
-        worker.join(seconds)
-        return result[0] if result else None
-    before = signal.signal(signal.SIGALRM, expire)
+def limited(function: Callable, *args: Any, seconds: float = 5.0) -> Any:
+    """function(*args) in another process, or None if it raises, hangs or kills that process."""
+    if not GRADERS:
+        home = str(Path(__file__).parents[1] / "methods")  # where posttrain.py lies: the child imports this module too
+        spawn = multiprocessing.get_context("spawn")
+        GRADERS.append(ProcessPool(1, context=spawn, initializer=site.addsitedir, initargs=(home,)))
+        GRADERS[0].schedule(stable_hash).result()  # outside the try: a child that cannot start must not look like 0
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again and again, should the first be swallowed
-        return guarded()
-    except Expired:
+        return GRADERS[0].schedule(function, args=args, timeout=seconds).result()
+    except Exception:
         return None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def make_reward(spec: str, task: Task) -> Callable[[Example, str], float]:
@@ -338,20 +287,15 @@ def make_reward(spec: str, task: Task) -> Callable[[Example, str], float]:
     if spec == "random":
         return lambda example, completion: float(stable_hash(text_of(example), completion) % 2)
     path, _, name = spec.rpartition(":")
-    if not path.endswith(".py"):
-        raise UserError(f"--reward {spec!r} is not known; use task, random, or path/to/file.py:function")
-    if not Path(path).is_file():
-        raise UserError(f"--reward: no file {path!r} in {Path.cwd()}")
-    module_spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
+    found = path.endswith(".py") and Path(path).is_file()
+    require(found, f"--reward {spec!r} is neither task nor random nor file.py:function of a file in {Path.cwd()}")
+    module: dict[str, Any] = {"__name__": "user_reward"}
     try:
-        module_spec.loader.exec_module(module)
+        exec(compile(Path(path).read_text(), path, "exec"), module)
     except Exception as error:
         raise UserError(f"--reward: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
-    if not callable(getattr(module, name, None)):
-        functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise UserError(f"--reward: {path} has no function {name!r}; it has: {', '.join(functions) or 'none'}")
-    return getattr(module, name)
+    require(callable(module.get(name)), f"--reward: {path} has no function {name!r}")
+    return module[name]
 
 
 def grade_all(reward: Callable[[Example, str], float], examples: list[Example], completions: list[str]) -> list[float]:
@@ -360,8 +304,7 @@ def grade_all(reward: Callable[[Example, str], float], examples: list[Example], 
     for example, completion in zip(examples, completions, strict=True):
         try:
             value = float(reward(example, completion))
-            if not math.isfinite(value):
-                raise ValueError(f"it returned {value}")
+            require(math.isfinite(value), f"it returned {value}")
         except Exception as error:
             value, cause = math.nan, cause or error
         out.append(value)
@@ -371,18 +314,6 @@ def grade_all(reward: Callable[[Example, str], float], examples: list[Example], 
     return out
 
 
-def literal(text: str) -> Any:
-    """3 -> int, 0.5 -> float, true -> bool, [1, 2] -> list, anything else stays text."""
-    try:
-        return ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    except (ValueError, SyntaxError):
-        return text
-
-
 def near(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, known, n=4, cutoff=0.4)
     return f"; near: {', '.join(close)}" if close else f"; it has: {', '.join(sorted(known)[:12])}, ..."
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -2,15 +2,15 @@
 
 import itertools
 import math
+import resource
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from posttrain.common.rollout import HFEngine, Rollout, Sampling
-from posttrain.common.tasks import CORRECT, Example
+from posttrain.common.tasks import CORRECT, Example, Task, grade_all
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -26,13 +26,10 @@ class Optimizer:
 
     def rate(self, step: int) -> float:
         """Learning rate of training step 1..steps: linear warm-up, then down to 0 (linear, cosine) or constant."""
-        lr, warmup = self.config.lr, self.config.warmup
-        if step <= warmup:
-            return lr * step / warmup
+        warmup = self.config.warmup
         left = 1 - (step - 1 - warmup) / max(1, self.config.steps - warmup)
-        return (
-            lr * {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[self.config.schedule]
-        )
+        shape = {"linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2, "constant": 1.0}[self.config.schedule]
+        return self.config.lr * (step / warmup if step <= warmup else shape)
 
     def step(self, step: int) -> dict[str, float]:
         """Clip, update unless the gradient is not finite, clear the gradients; returns the optim/* metrics."""
@@ -62,21 +59,20 @@ def pass_at_k(correct: Tensor, k: int) -> Tensor:
 
 
 def evaluate(
-    engine: HFEngine, problems: list[Example], grade: Callable[[Example, str], float], samples: int, sampling: Sampling,
-    seed: int,
-) -> tuple[dict[str, float], Rollout]:  # fmt: skip
+    engine: HFEngine, task: Task, problems: list[Example], samples: int, sampling: Sampling, seed: int
+) -> tuple[dict[str, float], Rollout]:
     """Avg@samples, Pass@samples and greedy accuracy; the same problems and random numbers at every call of a run."""
     rollout = engine.generate(problems, samples, sampling, key=(seed, 0, 1))
-    rollout.reward = torch.tensor([grade(e, t) for e, t in zip(rollout.examples, rollout.texts, strict=True)])
-    correct = (rollout.reward == CORRECT).view(-1, samples)
     greedy = engine.generate(problems, 1, Sampling(0.0, sampling.max_new_tokens), key=(seed, 0, 2))
-    greedy_correct = torch.tensor([grade(e, t) for e, t in zip(problems, greedy.texts, strict=True)]) == CORRECT
+    for part in (rollout, greedy):
+        part.reward = torch.tensor([task.grade(e, t) for e, t in zip(part.examples, part.texts, strict=True)])
+    correct = (rollout.reward == CORRECT).view(-1, samples)
     average = correct.double().mean(1)
     metrics = {
         "eval/accuracy": average.mean().item(),
         "eval/accuracy_se": average.std().item() / math.sqrt(len(problems)) if len(problems) > 1 else 0.0,
         "eval/pass_at_k": pass_at_k(correct, samples).mean().item(),
-        "eval/greedy": greedy_correct.double().mean().item(),
+        "eval/greedy": (greedy.reward == CORRECT).double().mean().item(),
     }
     return metrics, rollout
 
@@ -86,7 +82,7 @@ class Stats:
 
     def __init__(self):
         self.sums: dict[str, Any] = defaultdict(float)
-        self.per_token, self.n_tokens, self.ratio_max = set(), 0.0, None
+        self.per_token, self.n_tokens, self.gaps = set(), 0.0, []
 
     @torch.no_grad()
     def tokens(self, mask: Tensor, values: dict[str, Tensor], count: bool = True) -> None:
@@ -101,38 +97,41 @@ class Stats:
         """engine/*: how far the trainer's log-probs of the fresh batch are from the sampler's."""
         gap = torch.where(mask > 0, logps - behaviour_logps, 0)
         self.tokens(mask, {"engine/logp_gap": gap.abs()}, count=False)
-        largest = gap.max().exp()
-        self.ratio_max = largest if self.ratio_max is None else torch.maximum(self.ratio_max, largest)
+        self.gaps.append(gap.max())
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Scalars that are summed, such as a micro-batch's share of the loss."""
-        for key, value in values.items():
-            self.sums[key] = self.sums[key] + value.detach()
+    def add(self, key: str, value: Tensor) -> None:
+        """A scalar that is summed, such as a micro-batch's share of the loss."""
+        self.sums[key] = self.sums[key] + value.detach()
 
     def metrics(self) -> dict[str, float]:
         n_tokens = max(1.0, float(self.n_tokens))
-        out = {k: float(v) / (n_tokens if k in self.per_token else 1) for k, v in self.sums.items()}
-        return out if self.ratio_max is None else {**out, "engine/ratio_max": float(self.ratio_max)}
+        largest = {"engine/ratio_max": torch.stack(self.gaps).max().exp().item()} if self.gaps else {}
+        return {k: float(v) / (n_tokens if k in self.per_token else 1) for k, v in self.sums.items()} | largest
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, float]:
-    """train/* of the batch just sampled and graded (README, table of metrics)."""
+def rollout_metrics(rollout: Rollout, reward_function: Any, task: Task) -> dict[str, float]:
+    """train/* of the batch just sampled and graded (README, table of metrics); accuracy is the task's own grade."""
     reward, n = rollout.reward.nan_to_num(0).double().cpu(), rollout.loss_mask.sum(1)
+    same = reward_function == task.grade
+    grades = reward if same else torch.tensor(grade_all(task.grade, rollout.examples, rollout.texts))
     groups = [reward[rollout.group.cpu() == g] for g in rollout.group.unique().tolist()]
     return {
         "train/reward": reward.mean().item(),
-        "train/accuracy": (reward == CORRECT).double().mean().item(),
+        "train/accuracy": (grades == CORRECT).double().mean().item(),
         "train/zero_signal": sum(bool((g == g[0]).all()) for g in groups) / len(groups),
         "train/length": n.mean().item(),
         "train/truncated": 1 - rollout.finished.double().mean().item(),
     }
 
 
-def times(clock: list[float], rollout: Rollout) -> dict[str, float]:
-    """time/*, all seconds, from the moments before sampling and after sampling, scoring and updating."""
+def resources(clock: list[float], rollout: Rollout) -> dict[str, float]:
+    """time/* in seconds, from the moments before sampling and after sampling, scoring and updating; peak memory."""
     sample, score, update = (b - a for a, b in itertools.pairwise(clock))
-    total = {"time/sample": sample, "time/score": score, "time/update": update}
-    return {**total, "time/tokens_per_second": rollout.loss_mask.sum().item() / (clock[-1] - clock[0])}
+    speed = rollout.loss_mask.sum().item() / (clock[-1] - clock[0])
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if rollout.tokens.is_cuda else rss
+    total = {"time/sample": sample, "time/score": score, "time/update": update, "time/tokens_per_second": speed}
+    return total | {"memory/peak_gib": peak / 2**30}
 
 
 @torch.no_grad()

@@ -10,14 +10,10 @@ mean. No value network. With r the reward of row i, A its advantage, m the loss 
     (5)  L     = sum_it c_i m (w l + beta k(logp, ref_logp)) - ent_coef sum_it m H / sum m           --beta --kl
     (6)  c_i   = 1 / sum_it m, 1 / (B n_i), 1 / (B L_max) or by prompt                               --agg
 
-Presets set the flags of one publication (explicit flags still win): --preset grpo (DeepSeekMath), dapo (2503.14476),
-dr_grpo (2503.20783), gspo (2507.18071), cispo (2506.13585), rloo (2402.14740), rloo_trl, rlite (2508.08221).
-
 Good to know
 - One optimizer step a batch (the default) has rho = 1: pg, cispo, gspo and every clip then have the same gradient;
   only --adv and --agg matter. Use --minibatches 4 to see the others act.
-- The loss is no progress signal: on-policy it is near 0. Watch train/reward and eval/accuracy.
-- Left out: a critic, reward models, tool calls, and the sampler-side top-p, which would make (4) necessary.
+- On-policy the loss is near 0 and no progress signal. --preset sets one publication's flags; explicit flags win.
 
 Run: python methods/grpo.py        Expected: see the table of results in README.md.
 """
@@ -31,11 +27,11 @@ from torch import Tensor
 
 from posttrain.common.cli import cli, require
 from posttrain.common.models import load_model, load_tokenizer, prepare
-from posttrain.common.rollout import Rollout, Sampling, concat, make_engine, seed_of
+from posttrain.common.rollout import ENGINES, Sampling, concat, seed_of
 from posttrain.common.run import Run
 from posttrain.common.scoring import micro_batches, score, token_logps
 from posttrain.common.tasks import grade_all, make_reward, make_task
-from posttrain.common.training import Optimizer, Schedule, Stats, mix_weights, rollout_metrics, times
+from posttrain.common.training import Optimizer, Schedule, Stats, mix_weights, resources, rollout_metrics
 
 
 @dataclass
@@ -106,17 +102,16 @@ class Config:
     opsm: float = 0.0  # drop rows with A < 0 whose mean log-ratio to the sampler exceeds this (0.5); 0 = off
 
 
-SHUFFLE = 2**31  # keeps the shuffle's random numbers apart from the sampler's
 PRESETS = {
     "none": {},
-    "grpo": {"adv": "group_std", "agg": "seq", "beta": 0.04, "kl": "k3"},
-    "dapo": {"agg": "token", "eps_hi": 0.28, "overlong": 4, "dynamic_sampling": 10},
-    "dr_grpo": {"adv": "center", "agg": "const"},
-    "gspo": {"ratio_level": "seq", "agg": "seq", "eps_lo": 3e-4, "eps_hi": 4e-4},
-    "cispo": {"loss": "cispo", "agg": "token"},
-    "rloo": {"adv": "rloo"},
-    "rloo_trl": {"adv": "rloo", "ratio_level": "seqsum", "agg": "seq", "beta": 0.05, "kl": "k1_reward"},
-    "rlite": {"adv": "batch_std", "agg": "token"},
+    "grpo": {"adv": "group_std", "agg": "seq", "beta": 0.04, "kl": "k3"},  # DeepSeekMath
+    "dapo": {"agg": "token", "eps_hi": 0.28, "overlong": 4, "dynamic_sampling": 10},  # 2503.14476
+    "dr_grpo": {"adv": "center", "agg": "const"},  # 2503.20783
+    "gspo": {"ratio_level": "seq", "agg": "seq", "eps_lo": 3e-4, "eps_hi": 4e-4},  # 2507.18071
+    "cispo": {"loss": "cispo", "agg": "token"},  # 2506.13585
+    "rloo": {"adv": "rloo"},  # 2402.14740
+    "rloo_trl": {"adv": "rloo", "ratio_level": "seqsum", "agg": "seq", "beta": 0.05, "kl": "k1_reward"},  # TRL's
+    "rlite": {"adv": "batch_std", "agg": "token"},  # 2508.08221
 }
 
 
@@ -127,16 +122,12 @@ def overlong_penalty(length: Tensor, max_new_tokens: int, zone: int) -> Tensor:
 
 def group_advantages(reward: Tensor, group: Tensor, adv: str, eps: float = 1e-4, ddof: int = 1) -> Tensor:
     """Eq. 1. Exactly 0 where a group's rewards are equal, where NaN (unscorable), and with < 2 scorable.  [N] -> [N]"""
-    scored = ~reward.isnan()
-    group = group.unique(return_inverse=True)[1]
+    scored, group = ~reward.isnan(), group.unique(return_inverse=True)[1]
     zeros = reward.new_zeros(int(group.max()) + 1)
-    filled = reward.masked_fill(~scored, 0)
     n = zeros.index_add(0, group, scored.to(reward.dtype))[group]  # scorable rows of the row's group
-    mean = zeros.index_add(0, group, filled)[group] / n.clamp(min=1)
-    high = zeros.scatter_reduce(0, group[scored], reward[scored], "amax", include_self=False)[group]
     low = zeros.scatter_reduce(0, group[scored], reward[scored], "amin", include_self=False)[group]
-    signal = scored & (n >= 2) & (high > low)
-    centred = torch.where(signal, filled - mean, 0)
+    above = torch.where(scored, reward - low, 0)  # all 0, without rounding, where rewards are equal
+    centred = torch.where(scored, above - zeros.index_add(0, group, above)[group] / n.clamp(min=1), 0)
     if adv == "group_std":
         std = (zeros.index_add(0, group, centred**2)[group] / (n - ddof).clamp(min=1)).sqrt()
         return centred / (std + eps)
@@ -186,9 +177,7 @@ def kl_token_penalty(logps: Tensor, ref_logps: Tensor, ratio: Tensor, kl: str) -
     return {"k1": -d, "k2": d**2 / 2, "k3": k3, "k3_is": ratio * k3}[kl]
 
 
-def rollout_weights(
-    old_logps: Tensor, behaviour_logps: Tensor, loss_mask: Tensor, tis: str, low: float, high: float
-) -> Tensor:
+def rollout_weights(old_logps, behaviour_logps, loss_mask: Tensor, tis: str, low: float, high: float) -> Tensor:
     """w of Eq. 4, no gradient; 1 where the sampler's log-prob is not finite.  [N, T] -> [N, T] or [N, 1]"""
     if tis in ("off", "bypass"):
         return torch.ones_like(old_logps)
@@ -242,13 +231,10 @@ def clip_fractions(ratio: Tensor, advantages: Tensor, config: Config) -> dict[st
 
 
 def check(config: Config) -> None:
-    rows = config.prompts_per_step * config.group_size
     require(config.group_size > 1, "GRPO compares responses to one prompt: --group-size must be at least 2")
     require(config.temperature > 0, "greedy responses are all equal, no signal: --temperature must be above 0")
     require(not config.delta or config.delta > 1 + config.eps_hi, "--delta bounds beyond the clip: above 1 + --eps-hi")
-    require(config.loss != "cispo" or config.ratio_level == "token", "--loss cispo needs --ratio-level token")
     require(config.beta or not config.ref_every, "--ref-every refreshes the reference of --beta: set both or neither")
-    require(rows % config.minibatches == 0, "--minibatches must divide --prompts-per-step times --group-size")
 
 
 def main(config: Config) -> None:
@@ -259,13 +245,12 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     reference = load_model(config.model, device, config.dtype, train=False) if config.beta else None
-    engine = make_engine(config.rollout, policy, tokenizer)
+    engine = ENGINES[config.rollout](policy, tokenizer)
     optimizer = Optimizer(policy, config)
     run = Run(config, "grpo")
     state = {"ent_coef": config.ent_coef, "entropy": 0.0}
     parts = {"policy": policy, "optimizer": optimizer, "state": state}
-    if config.ref_every:
-        parts["reference"] = reference
+    parts |= {"reference": reference} if config.ref_every else {}
     sampling = Sampling(config.temperature, config.max_new_tokens)
     limit, bounds = config.micro_batch_tokens, (config.tis_min, config.tis_max)
     in_reward = config.beta > 0 and config.kl == "k1_reward"
@@ -275,18 +260,16 @@ def main(config: Config) -> None:
 
     for step in run.steps(done):
         # --- sample and grade
-        clock = [time.perf_counter()]
-        rounds: list[Rollout] = []
-        while not rounds or len(rounds) < config.dynamic_sampling:
-            key = (config.seed, step, len(rounds))
+        clock, rollout = [time.perf_counter()], None
+        for round_ in range(max(1, config.dynamic_sampling)):
+            key = (config.seed, step, round_)
             batch = engine.generate(task.draw(config.prompts_per_step, *key), config.group_size, sampling, key)
             batch.reward = torch.tensor(grade_all(reward, batch.examples, batch.texts), device=device)
-            rounds.append(batch)
-            rollout = concat(rounds, tokenizer.pad_token_id)
+            rollout = concat([rollout, batch], tokenizer.pad_token_id) if rollout else batch
             rows = informative_rows(rollout.reward, rollout.group, config.prompts_per_step)
             if len(rows) == len(batch):
                 break
-        metrics = {**rollout_metrics(rollout), "grpo/sampled_rows": len(rollout)}
+        metrics = {**rollout_metrics(rollout, reward, task), "grpo/sampled_rows": len(rollout)}
         if config.dynamic_sampling and len(rows):
             rollout = rollout[rows]
         clock.append(time.perf_counter())
@@ -319,11 +302,10 @@ def main(config: Config) -> None:
         ent_coef = state["ent_coef"] if not config.ent_target or state["entropy"] <= config.ent_target else 0.0
         penalised = config.beta > 0 and not in_reward
         learns = bool(advantages.any()) or penalised or ent_coef > 0  # else momentum alone would move the policy
-        shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, SHUFFLE))
+        shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
         for _ in range(config.epochs if learns else 0):
             for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
                 c = row_weights(mask[part], rollout.group[part], config.agg, config.max_new_tokens)[:, None]
-                n_tokens = mask[part].sum().clamp(min=1)
                 for rows in micro_batches(rollout[part], limit):
                     at, m = part[rows], mask[part[rows]]
                     logps, entropy = token_logps(policy, rollout[at], config.temperature)
@@ -335,15 +317,15 @@ def main(config: Config) -> None:
                     if config.opsm:
                         w = w * ~stale_rows(logps, behaviour_logps[at], m, advantages[at], config.opsm)[:, None]
                     policy_loss = (policy_token_loss(logps, ratio, advantages[at], config) * w * c[rows]).sum()
-                    loss = policy_loss - ent_coef * (entropy * m).sum() / n_tokens
+                    loss = policy_loss - ent_coef * (entropy * m).sum() / mask[part].sum().clamp(min=1)
                     if penalised:
                         kl = (kl_token_penalty(logps, ref_logps[at], ratio, config.kl) * m * c[rows]).sum()
                         loss = loss + config.beta * kl
-                        stats.add({"loss/kl": kl})
+                        stats.add("loss/kl", kl)
                     loss.backward()
-                    stats.add({"loss/total": loss, "loss/policy": policy_loss})
-                    stats.tokens(m, {"train/entropy": entropy, "policy/kl_old": old - logps})
-                    stats.tokens(m, clip_fractions(ratio, advantages[at], config), count=False)
+                    stats.add("loss/total", loss)
+                    drift = {"policy/kl_old": old - logps, **clip_fractions(ratio, advantages[at], config)}
+                    stats.tokens(m, {"train/entropy": entropy, **drift})
                     stats.engine(m, old, behaviour_logps[at])
                 metrics |= optimizer.step(step)
         if config.ref_every and step % config.ref_every == 0:
@@ -351,7 +333,7 @@ def main(config: Config) -> None:
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save
-        metrics |= stats.metrics() | times(clock, rollout)
+        metrics |= stats.metrics() | resources(clock, rollout)
         if config.ent_target and learns:  # Skywork-OR1: nudge the bonus, within [0, 1]
             state["entropy"] = metrics["train/entropy"]
             nudge = config.ent_delta if state["entropy"] <= config.ent_target else -config.ent_delta

@@ -35,11 +35,11 @@ from torch import Tensor
 
 from posttrain.common.cli import UserError, cli, require
 from posttrain.common.models import load_model, load_tokenizer, prepare, shared_vocabulary
-from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, seed_of, under_prompts, written
+from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts, written
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, score, token_logps
 from posttrain.common.tasks import Example, Task, grade_all, make_reward, make_task
-from posttrain.common.training import Optimizer, Schedule, Stats, mix_weights, rollout_metrics, times
+from posttrain.common.training import Optimizer, Schedule, Stats, mix_weights, resources, rollout_metrics
 from posttrain.kernels.divergence import Tail, linear_divergence, linear_topk_divergence
 from posttrain.kernels.logprob import linear_gather_logp, linear_topk_logp
 
@@ -203,7 +203,7 @@ def others_responses(problems: list[Example], task: Task, engine, teacher_engine
         return under_prompts(rollout, prompts, engine.tokenizer.pad_token_id)
     rows = [example for example in problems for _ in range(config.group_size)]
     rng = random.Random(seed_of(*key, 2))
-    return written(engine.tokenizer, rows, [task.demonstrate(example, rng) for example in rows])
+    return written(engine.tokenizer, rows, [task.demonstrate(example, rng) for example in rows], config.group_size)
 
 
 def check(config: Config) -> None:
@@ -230,8 +230,8 @@ def main(config: Config) -> None:
     live = itself and config.teacher_sync == "live"
     teacher = policy if live else load_model(teacher_name, device, config.dtype, train=False)
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
-    engine = make_engine(config.rollout, policy, tokenizer)
-    teacher_engine = make_engine("hf", teacher, teacher_tokenizer)
+    engine = ENGINES[config.rollout](policy, tokenizer)
+    teacher_engine = HFEngine(teacher, teacher_tokenizer)
     same_end = engine.stop_ids == teacher_engine.stop_ids
     require(same_end or config.mask_eos, "student and teacher end with different tokens: --mask-eos leaves them out")
     optimizer = Optimizer(policy, config)
@@ -307,18 +307,18 @@ def main(config: Config) -> None:
                 token_loss = token_loss - (logps - behaviour_logps[rows]).exp() * advantages[rows]
             loss = (token_loss * m * c[rows]).sum()
             loss.backward()
-            stats.add({"loss/total": loss})
+            stats.add("loss/total", loss)
             gap, entropy_gap = logps - teacher_logps[rows], (entropy - teacher_entropy[rows]).abs()
             stats.tokens(m, {"train/entropy": entropy, "teacher/entropy_gap": entropy_gap})
             stats.tokens(m, {"teacher/kl": gap, "teacher/kl_abs": gap.abs()}, count=False)
             stats.engine(m, logps, behaviour_logps[rows])
-        metrics = rollout_metrics(rollout) | optimizer.step(step)
+        metrics = rollout_metrics(rollout, reward, task) | optimizer.step(step)
         if "teacher" in parts:
             mix_weights(teacher, policy, config.ema)
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save
-        metrics |= {**stats.metrics(), **times(clock, rollout), "opd/on_policy": float(on_policy)}
+        metrics |= {**stats.metrics(), **resources(clock, rollout), "opd/on_policy": float(on_policy)}
         if run.due(step, config.eval_every):
             metrics |= run.evaluate(step, engine, task)
         run.log(step, metrics, rollout)

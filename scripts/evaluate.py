@@ -18,7 +18,7 @@ from rich.table import Table
 
 from posttrain.common.cli import UserError, cli, require
 from posttrain.common.models import load_model, load_tokenizer, prepare
-from posttrain.common.rollout import Sampling, make_engine
+from posttrain.common.rollout import ENGINES, Sampling
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task
 from posttrain.common.training import pass_at_k
 
@@ -58,7 +58,7 @@ def main(config: Config) -> None:
     task = make_task(config.task, config.prompt_column, config.answer_column)
     reward = make_reward(config.reward, task)
     tokenizer = load_tokenizer(config.model)
-    engine = make_engine(config.rollout, load_model(config.model, device, config.dtype, train=False), tokenizer)
+    engine = ENGINES[config.rollout](load_model(config.model, device, config.dtype, train=False), tokenizer)
     folder = Path(config.out) if config.out else None
     if folder:
         try:

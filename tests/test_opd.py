@@ -220,6 +220,7 @@ def test_sampled_kl_and_gradient_equal_the_closed_forms(est):
         expected = {"k2": k2, "k3": k3, "k3_k2": (k3[0], k2[1])}[est]
         assert (value[0, t].item(), grad[0, t].item()) == pytest.approx(expected, abs=1e-12)
     assert value.isfinite().all() and grad.isfinite().all(), "a token that the teacher masks must not give NaN"
+    assert sampled_kl(torch.tensor([[-400.0, 0.0]]), torch.tensor([[0.0, -400.0]]), est).isfinite().all()
 
 
 @pytest.mark.parametrize(

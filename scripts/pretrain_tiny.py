@@ -1,0 +1,179 @@
+"""The tiny student and teacher of a task family, from nothing: the models that every script's default starts from.
+
+Plain supervised training on demonstrations of TRAINING problems only; the held-out ones are never seen. Same seed,
+same weights, bit for bit; a killed call goes on from its last checkpoint when repeated with --resume. A student is
+stopped early, at a loss and not at a step, since seeds differ in when they learn; and its learning rate is decayed to
+0 by then, since an undecayed start flatters every method that lowers the rate.
+
+Weights are saved in bfloat16 and measured as saved. One tokenizer serves all families: a token per character.
+
+Run: python scripts/pretrain_tiny.py addition            (about 4 minutes on one core)
+"""
+
+import json
+import os
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from posttrain.common.cli import cli, require
+from posttrain.common.models import TINY, load_model, load_tokenizer, save_model
+from posttrain.common.rollout import HFEngine, Sampling, seed_of, written
+from posttrain.common.run import versions, write_atomically
+from posttrain.common.scoring import token_logps
+from posttrain.common.tasks import make_task
+from posttrain.common.training import evaluate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One model: which demonstrations, how many, how large."""
+
+    task: str
+    max_new_tokens: int  # longest response, for the measurement
+    decay_below: float  # running mean of the loss, nats a token, at which the learning rate starts to fall to 0
+    decay_steps: int  # over so many steps, which end the training
+    batch: int = 64  # problems a step
+    lr: float = 2e-3  # peak, after 20 steps of warm-up
+    width: int = 96
+    layers: int = 3
+
+
+MAX_STEPS = 6000  # more than any recipe takes
+FAMILIES = {
+    "addition": {
+        "addition-student": Recipe("addition", max_new_tokens=20, decay_below=0.5, decay_steps=150),
+        "addition-teacher": Recipe("addition", max_new_tokens=20, decay_below=0.1, decay_steps=600),
+    }
+}
+
+
+@dataclass
+class Config:
+    family: Annotated[str, tyro.conf.Positional]  # which models to make: addition
+    seed: int = 0  # of weights and data
+    out: str = str(TINY)  # folder that receives one folder a model
+    save_every: int = 100  # steps between checkpoints
+    resume: bool = False  # go on from the last checkpoint
+    max_steps: int = 0  # stop every recipe after so many steps, to try things out; 0 = the recipe's own
+    problems: int = 256  # held-out problems of the measurement, 8 samples each
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each printable ASCII character and the newline; a chat template that only joins the messages."""
+    characters = ["\n", *map(chr, range(32, 127))]
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return fast
+
+
+def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Qwen3 with heads of 32, which vLLM's kernels take as well."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=8 * recipe.width // 3,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.autocast_dtype = None
+    return model.eval()
+
+
+def train(name: str, recipe: Recipe, config: Config, out: Path) -> tuple[Qwen3ForCausalLM, int]:
+    """Supervised training, continued from out/NAME.pt if asked."""
+    tokenizer, task = make_tokenizer(), make_task(recipe.task)
+    torch.manual_seed(seed_of(config.seed))
+    model = make_model(recipe, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    checkpoint, end = out / f"{name}.pt", config.max_steps or MAX_STEPS
+    made_by = {"recipe": asdict(recipe), "seed": config.seed}
+    state = {"step": 0, "loss": 5.0, "decay_from": MAX_STEPS, "made_by": made_by}
+    if config.resume and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        require(
+            state["made_by"] == made_by, f"{checkpoint} is of another seed or recipe; remove it or leave out --resume"
+        )
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    bar = tqdm(desc=name, initial=state["step"], total=end, unit=" steps")
+    while state["step"] < min(end, state["decay_from"] + recipe.decay_steps):
+        step = state["step"]
+        problems = task.draw(recipe.batch, config.seed, step, 0)
+        rng = random.Random(seed_of(config.seed, step, 1))
+        batch = written(tokenizer, problems, [task.demonstrate(problem, rng) for problem in problems])
+        logps, _ = token_logps(model, batch)
+        loss = -logps.sum() / batch.loss_mask.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        left = 1 - max(0, step - state["decay_from"]) / recipe.decay_steps
+        optimizer.param_groups[0]["lr"] = recipe.lr * min(1.0, (step + 1) / 20, left)
+        optimizer.step()
+        optimizer.zero_grad()
+        state["step"], state["loss"] = step + 1, 0.95 * state["loss"] + 0.05 * loss.item()
+        if state["loss"] < recipe.decay_below:
+            state["decay_from"] = min(state["decay_from"], step + 1)
+        bar.update()
+        bar.set_postfix_str(f"loss {state['loss']:.3f}")
+        if (step + 1) % config.save_every == 0:
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | parts, checkpoint.with_suffix(".partial"))
+            os.replace(checkpoint.with_suffix(".partial"), checkpoint)
+    bar.close()
+    return model, state["step"]
+
+
+def main(config: Config) -> None:
+    require(config.family in FAMILIES, f"family {config.family!r} is not known; choose from {', '.join(FAMILIES)}")
+    torch.set_num_threads(1)
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, recipe in FAMILIES[config.family].items():
+        command = f"python scripts/pretrain_tiny.py {config.family} --seed {config.seed}"
+        record = out / name / "training.json"
+        if config.resume and record.exists() and json.loads(record.read_text())["command"] == command:
+            continue  # finished before the call was stopped
+        model, steps = train(name, recipe, config, out)
+        save_model(model.to(torch.bfloat16), make_tokenizer(), out / name)
+        path, task = str(out / name), make_task(recipe.task)
+        engine = HFEngine(load_model(path, torch.device("cpu")), load_tokenizer(path))
+        figures, rollout = evaluate(
+            engine, task, task.heldout(config.problems), 8, Sampling(1.0, recipe.max_new_tokens), seed=0
+        )
+        figures |= {"parameters": sum(p.numel() for p in engine.model.parameters())}
+        correct = [task.route(text) for text, reward in zip(rollout.texts, rollout.reward, strict=True) if reward == 1]
+        figures["route_high"] = correct.count("high") / max(1, len(correct))
+        facts = {"command": command, "recipe": asdict(recipe), "steps": steps, **figures, "versions": versions()}
+        write_atomically(record, json.dumps(facts, indent=1) + "\n")
+        (out / f"{name}.pt").unlink(missing_ok=True)
+        print(
+            f"{name}, {figures['parameters'] / 1e6:.2f}M parameters, {steps} steps; on {config.problems} problems: "
+            f"Avg@8 {figures['eval/accuracy']:.3f}, Pass@8 {figures['eval/pass_at_k']:.3f}, "
+            f"greedy {figures['eval/greedy']:.3f}"
+        )
+
+
+if __name__ == "__main__":
+    cli(main, Config)

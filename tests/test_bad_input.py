@@ -1,0 +1,387 @@
+"""Bad input of every kind ends in one line that names cause and mend, exit code 2, no stack trace, nothing lost."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from posttrain.common.cli import cli
+from posttrain.common.models import TINY
+from posttrain.methods import grpo, opd
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"grpo": grpo, "opd": opd}
+SMALL = {"steps": 2, "prompts-per-step": 2, "group-size": 2, "eval-problems": 2, "eval-samples": 1, "max-new-tokens": 8}
+ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "question": f"{i}?"} for i in range(30)]
+
+
+def flags(given: dict) -> list[str]:
+    return [f"--{name}={value}" if value is not True else f"--{name}" for name, value in given.items()]
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def one_line(stderr: str, *words: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert "Traceback" not in stderr
+    assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) < 700, stderr
+    for word in words:
+        assert word.lower() in lines[0].lower(), f"{word!r} is not in {lines[0]!r}"
+    return lines[0]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """run(method, flags) in this process, from an empty folder -> exit code and what stands on stderr."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    shell = os.environ.copy()
+
+    def start(method: str, given: dict) -> tuple[int, str]:
+        module = METHODS[method]
+        monkeypatch.setattr(sys, "argv", [f"{method}.py", *flags({**SMALL, **given})])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli(module.main, module.Config, getattr(module, "PRESETS", None))
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            torch.set_num_threads(1)
+            os.environ.clear()
+            os.environ.update(shell)
+        return code, capfd.readouterr().err
+
+    return start
+
+
+def process(method: str, given: dict, cwd: Path, seconds: float = 120, **env: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env}
+    env.pop("WANDB_SILENT", None)
+    command = [sys.executable, str(ROOT / "methods" / f"{method}.py"), *flags({**SMALL, **given})]
+    quiet = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "check": False}
+    return subprocess.run(command, cwd=cwd, env=env, timeout=seconds, **quiet)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a small finished run, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = process("grpo", {"out": "run", "save-every": 1}, folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def held(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "held"))
+
+
+# --- flags: [method, flags, words that the line must hold]
+FLAGS = {
+    "unknown flag": ("grpo", {"group-sise": 4}, ["--group-sise", "--group-size", "--help"]),
+    "no number": ("grpo", {"lr": "fast"}, ["fast", "--lr"]),
+    "no integer": ("opd", {"steps": "2.5"}, ["2.5", "--steps"]),
+    "unknown choice": ("grpo", {"adv": "gropu_std"}, ["gropu_std", "group_std"]),
+    "unknown preset": ("grpo", {"preset": "dappo"}, ["dappo", "dapo"]),
+    "unknown model": ("grpo", {"model": "no/such-model"}, ["no/such-model", "addition-student"]),
+    "unknown teacher": ("opd", {"teacher": "adition-teacher"}, ["adition-teacher", "addition-teacher"]),
+    "unknown task": ("grpo", {"task": "substraction"}, ["substraction", "addition"]),
+    "unknown dataset": ("grpo", {"task": "reasoning_gym:chain_sun"}, ["chain_sun", "chain_sum"]),
+    "unknown option": ("grpo", {"task": "reasoning_gym:chain_sum,max_term=3"}, ["max_term", "max_terms"]),
+    "refused option": ("grpo", {"task": "reasoning_gym:chain_sum,max_terms=-3"}, ["chain_sum", "max_terms"]),
+    "missing file": ("grpo", {"task": "no.jsonl"}, ["no.jsonl", "no such file"]),
+    "group of one": ("grpo", {"group-size": 1}, ["--group-size"]),
+    "temperature 0": ("grpo", {"temperature": 0}, ["--temperature"]),
+    "temperature 0, opd": ("opd", {"temperature": 0}, ["--temperature"]),
+    "temperature nan": ("grpo", {"temperature": "nan"}, ["--temperature"]),
+    "temperature inf": ("grpo", {"temperature": "inf"}, ["--temperature"]),
+    "off-policy k1": ("opd", {"lmbda": 0.5, "est": "k1_pg"}, ["--lmbda", "--est"]),
+    "no such device": ("grpo", {"device": "cuda:7"}, ["cuda:7", "--device cpu"]),
+    "not a device": ("opd", {"device": "gpu"}, ["gpu", "--device cpu"]),
+    "too long": ("grpo", {"max-new-tokens": 5000}, ["--max-new-tokens"]),
+    "too long, opd": ("opd", {"max-new-tokens": 600}, ["--max-new-tokens"]),
+    "no reward file": ("grpo", {"reward": "no.py:f"}, ["no.py", "--reward"]),
+    "no reward": ("opd", {"reward": "quality"}, ["quality", "--reward"]),
+    "unknown teacher field": ("opd", {"teacher-prompt": "{hint}"}, ["--teacher-prompt", "{prompt}"]),
+    "broken teacher field": ("opd", {"teacher-prompt": "{prompt"}, ["--teacher-prompt"]),
+    "attribute of a field": ("opd", {"teacher-prompt": "{prompt.x}"}, ["--teacher-prompt"]),
+    "no demonstrations": ("opd", {"task": "reasoning_gym:chain_sum", "cold-start-steps": 1, "off-policy": "data"},
+                          ["--off-policy"]),
+    "resume without out": ("grpo", {"resume": True}, ["--resume", "--out"]),
+    "resume of nothing": ("opd", {"resume": True, "out": "nowhere"}, ["--resume", "--out"]),
+    "out under a file": ("grpo", {"out": "/etc/hostname/run"}, ["/etc/hostname/run", "--out"]),
+    "out in proc": ("opd", {"out": "/proc/run"}, ["/proc/run", "--out"]),
+}  # fmt: skip
+NEGATIVE = {
+    "steps": [0, -1], "lr": [-1, "nan"], "prompts-per-step": [0, -4], "group-size": [0, -2], "eval-problems": [0, -1],
+    "eval-samples": [0], "micro-batch-tokens": [0, -1], "save-every": [-1], "eval-every": [-1], "max-new-tokens": [0],
+    "temperature": [-1], "seed": [-1], "threads": [-1], "lora-rank": [-1], "warmup": [-1], "max-grad-norm": [-1],
+    "weight-decay": [-1],
+}  # fmt: skip
+FLAGS |= {f"--{k} {v}": ("grpo", {k: v}, [f"--{k}"]) for k, values in NEGATIVE.items() for v in values}
+OWN = {
+    "grpo": {"minibatches": 0, "epochs": 0, "ent-top": 0, "beta": -1, "overlong": -1, "dynamic-sampling": -1},
+    "opd": {"top-k": 0, "prefix-frac": 0, "divergence-temperature": 0, "beta": 2, "lmbda": -1, "ema": 2},
+}
+TOPK = {"top-k", "divergence-temperature"}
+for _method, _own in OWN.items():
+    for _key, _value in _own.items():
+        _given = {_key: _value} | ({"est": "topk"} if _key in TOPK else {})
+        FLAGS[f"{_method} --{_key} {_value}"] = (_method, _given, [f"--{_key}"])
+
+
+@pytest.mark.parametrize(("method", "given", "words"), FLAGS.values(), ids=FLAGS.keys())
+def test_a_bad_flag_is_one_line(run, method, given, words):
+    code, stderr = run(method, {"out": "run", **given} if "resume" not in given else given)
+    one_line(stderr, *words)
+    assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "bad"),
+    [
+        ("grpo", {"max-new-tokens": 5000}), ("opd", {"teacher-prompt": "{hint}"}),
+        ("grpo", {"device": "cuda:7"}), ("opd", {"model": "no/such-model"}),
+    ],
+)  # fmt: skip
+def test_the_mended_command_may_use_the_same_folder(run, method, bad):
+    code, stderr = run(method, {"out": "run", **bad})
+    assert code == 2
+    code, stderr = run(method, {"out": "run"})
+    assert code == 0, stderr
+
+
+# --- data
+DATA = {
+    "empty": ("", {}, ["rows.jsonl"]),
+    "one row": (json.dumps(ROWS[0]), {}, ["rows.jsonl", "few"]),
+    "no JSON": ("prompt,answer\n1,2\n", {}, ["rows.jsonl"]),
+    "half a line": (json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:20], {}, ["rows.jsonl"]),
+    "missing answer column": (ROWS, {"answer-column": "gold"}, ["gold", "--answer-column", "question"]),
+    "missing prompt column": (ROWS, {"prompt-column": "text"}, ["text", "--prompt-column", "question"]),
+    "a null prompt": ([*ROWS, {"prompt": None, "answer": "1"}], {}, ["row 30"]),
+    "an empty prompt": ([*ROWS, {"prompt": "", "answer": "1"}], {}, ["row 30"]),
+    "a number as prompt": ([{"prompt": i, "answer": i} for i in range(1, 30)], {}, ["prompt", "rows.jsonl"]),
+    "a list of texts as prompt": ([{"prompt": [f"{i}"], "answer": i} for i in range(1, 30)], {}, ["prompt"]),
+    "messages without content": ([{"prompt": [{"role": f"{i}"}], "answer": i} for i in range(30)], {}, ["prompt"]),
+    "a long prompt": (
+        [*ROWS, *({"prompt": "1+" * 400 + f"{i}=", "answer": "1"} for i in range(30))],
+        {},
+        ["positions"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("rows", "given", "words"), DATA.values(), ids=DATA.keys())
+@pytest.mark.filterwarnings("ignore")
+def test_bad_data_is_one_line(run, rows, given, words):
+    Path("rows.jsonl").write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    code, stderr = run("grpo", {"task": "rows.jsonl", "out": "run", **given})
+    one_line(stderr, *words)
+    assert code == 2
+
+
+# --- rewards
+REWARDS = {
+    "no such function": ("def g(example, completion): return 1", ["'f'"]),
+    "not a function": ("f = 3", ["'f'"]),
+    "syntax": ("def f(:", ["SyntaxError", "reward.py"]),
+    "import": ("import nothing_of_the_kind", ["nothing_of_the_kind"]),
+    "exits": ("import sys; sys.exit(0)", ["reward.py"]),
+    "raises": ("def f(example, completion): raise RuntimeError('no\\nluck')", ["RuntimeError", "no"]),
+    "no number": ("def f(example, completion): return 'good'", ["good"]),
+    "None": ("def f(example, completion): return None", ["NoneType"]),
+    "NaN": ("def f(example, completion): return float('nan')", ["nan"]),
+    "wrong arguments": ("def f(completion): return 1.0", ["argument"]),
+}
+
+
+@pytest.mark.parametrize(("code", "words"), REWARDS.values(), ids=REWARDS.keys())
+def test_a_bad_reward_is_one_line(run, code, words):
+    Path("reward.py").write_text(code)
+    exit_code, stderr = run("grpo", {"reward": "reward.py:f", "out": "run"})
+    one_line(stderr, *words)
+    assert exit_code == 2
+
+
+# --- models
+
+
+def broken_model(folder: Path, how: str) -> Path:
+    shutil.copytree(TINY / "addition-student", folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "weights cut":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif how == "weights of noise":
+        weights.write_bytes(b"\xff" * 5000)
+    elif how == "weights empty":
+        weights.write_bytes(b"")
+    elif how == "weights a text":  # what a clone without Git LFS leaves
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1371816\n")
+    elif how == "weights of another shape":
+        config.write_text(json.dumps({**json.loads(config.read_text()), "hidden_size": 64}))
+    elif how == "config no JSON":
+        config.write_text("{")
+    elif how == "config of nothing":
+        config.write_text("{}")
+    elif how == "tokenizer no JSON":
+        (folder / "tokenizer.json").write_text("{")
+    else:
+        (folder / how).unlink()
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["config.json", "model.safetensors", "tokenizer.json", "config no JSON", "config of nothing", "tokenizer no JSON",
+     "weights cut", "weights of noise", "weights empty", "weights a text", "weights of another shape"],
+)  # fmt: skip
+def test_a_broken_model_folder_is_one_line(run, tmp_path, how):
+    folder = broken_model(tmp_path / "broken", how)
+    before = snapshot(folder)
+    code, stderr = run("grpo", {"model": folder, "out": "run"})
+    one_line(stderr, "broken")
+    assert code == 2 and snapshot(folder) == before
+
+
+def test_a_file_as_model_is_one_line(run):
+    code, stderr = run("grpo", {"model": TINY / "addition-student" / "model.safetensors", "out": "run"})
+    one_line(stderr, "model.safetensors")
+    assert code == 2
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """The student under a tokenizer of which two tokens have changed places."""
+    folder = tmp_path_factory.mktemp("foreign") / "model"
+    shutil.copytree(TINY / "addition-student", folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["3"], vocab["4"] = vocab["4"], vocab["3"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_different_vocabularies_are_one_line(run, foreign):
+    code, stderr = run("opd", {"teacher": foreign, "out": "run"})
+    one_line(stderr, "vocabular", "'3'")
+    assert code == 2
+
+
+# --- run folders
+
+
+@pytest.mark.parametrize("method", ["grpo", "opd"])
+def test_out_that_holds_a_run_is_left_alone(run, held, method):
+    before = snapshot(held)
+    code, stderr = run(method, {"out": held})
+    one_line(stderr, str(held), "--resume", "--out")
+    assert code == 2 and snapshot(held) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "words"),
+    [
+        ("grpo", {"lr": 1e-5}, ["lr", "1e-05"]), ("grpo", {"seed": 1, "beta": 0.1}, ["seed", "beta"]),
+        ("opd", {}, ["method", "grpo"]), ("grpo", {"preset": "dapo"}, ["preset"]),
+    ],
+)  # fmt: skip
+def test_resume_with_other_flags_leaves_the_run_alone(run, held, method, given, words):
+    before = snapshot(held)
+    code, stderr = run(method, {"out": held, "resume": True, "save-every": 1, **given})
+    one_line(stderr, "--resume", *words)
+    assert code == 2 and snapshot(held) == before
+
+
+def test_resume_with_fewer_steps_than_are_done_leaves_the_run_alone(run, held):
+    before = snapshot(held)
+    code, stderr = run("grpo", {"out": held, "resume": True, "steps": 1})
+    one_line(stderr, "--steps")
+    assert code == 2 and snapshot(held) == before
+
+
+CORRUPT = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:3000]),
+    "noise": lambda path: path.write_bytes(b"\x80\x02noise" * 500),
+    "empty": lambda path: path.write_bytes(b""),
+    "of another program": lambda path: torch.save({"epoch": 3}, path),
+    "a list": lambda path: torch.save([1, 2], path),
+    "of another model": lambda path: torch.save(
+        torch.load(path) | {"policy": {"model.embed_tokens.weight": torch.zeros(3, 3)}}, path
+    ),
+    "without weights": lambda path: torch.save(torch.load(path) | {"policy": {}}, path),
+}
+
+
+@pytest.mark.parametrize("how", CORRUPT.values(), ids=CORRUPT.keys())
+def test_a_corrupt_checkpoint_is_one_line_and_loses_nothing(run, held, how):
+    how(held / "checkpoint" / "state.pt")
+    before = snapshot(held)
+    code, stderr = run("grpo", {"out": held, "resume": True, "save-every": 1})
+    one_line(stderr, "state.pt")
+    after = snapshot(held)
+    before.pop("config.json"), after.pop("config.json")
+    assert code == 2 and after == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "other"}', '{"flags": 3}'])
+def test_a_foreign_config_json_is_one_line(run, tmp_path, text):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "config.json").write_text(text)
+    for given in ({"resume": True}, {}):
+        code, stderr = run("grpo", {"out": folder, **given})
+        one_line(stderr, "--out")
+        assert code == 2 and snapshot(folder) == {"config.json": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def test_out_may_be_an_empty_folder_or_one_with_other_files(run, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "notes.txt").write_text("mine")
+    code, stderr = run("grpo", {"out": tmp_path / "there"})
+    assert code == 0, stderr
+    assert (tmp_path / "there" / "notes.txt").read_text() == "mine"
+
+
+# --- whole processes: nothing else may write to stderr
+
+
+def test_processes_say_one_line_and_nothing_else(held, foreign, tmp_path):
+    before = snapshot(held)
+    cases = [
+        ("grpo", {"model": "no/such-model"}, ["no/such-model"]),
+        ("opd", {"teacher": foreign}, ["vocabular"]),
+        ("grpo", {"max-new-tokens": 5000, "out": tmp_path / "new"}, ["--max-new-tokens"]),
+        ("opd", {"out": held}, ["already holds a run"]),
+    ]
+    for method, given, words in cases:
+        done = process(method, given, tmp_path)
+        one_line(done.stderr, *words)
+        assert done.returncode == 2
+    assert snapshot(held) == before
+
+
+def test_wandb_online_without_a_login_is_one_line(tmp_path):
+    clean = {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc")}
+    done = process("grpo", {"wandb": "online", "out": tmp_path / "run"}, tmp_path, **clean)
+    one_line(done.stderr, "wandb", "--wandb offline")
+    assert done.returncode == 2
+
+
+def test_wandb_online_with_a_dead_server_is_one_line(tmp_path):
+    dead = {"HOME": str(tmp_path), "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    dead["WANDB_INIT_TIMEOUT"] = "8"  # its own waiting time, in seconds
+    done = process("grpo", {"wandb": "online", "out": tmp_path / "run"}, tmp_path, **dead)
+    one_line(done.stderr, "wandb", "--wandb offline")
+    assert done.returncode == 2
