@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -22,7 +23,6 @@ def require(condition: Any, message: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something."""
     return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -30,6 +30,19 @@ def fail(message: str) -> NoReturn:
     """Print one line to stderr and leave with exit code 2."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+POSITIVE = {"lr", "steps", "prompts_per_step", "max_new_tokens", "micro_batch_tokens", "eval_problems", "eval_samples"}
+POSITIVE |= {"max_grad_norm", "group_size", "minibatches", "epochs", "top_k", "repeats", "problems", "samples"}
+
+
+def check_ranges(config: Any) -> None:
+    """Every number is finite and not negative, and those that count or scale something are above 0."""
+    for flag, value in vars(config).items():
+        if type(value) in (int, float):
+            least = sys.float_info.min if flag in POSITIVE else 0
+            bound = f"--{flag.replace('_', '-')} {value}: must be finite and {'above' if least else 'at least'} 0"
+            require(least <= value < math.inf, bound)
 
 
 def parse(config_class: type, presets: dict[str, dict[str, Any]]) -> Any:
@@ -54,6 +67,7 @@ def cli(main: Callable[[Any], None], config_class: type, presets: dict[str, dict
     """Entry point of every script: parse, run, and turn a UserError into its line."""
     config = parse(config_class, presets or {})
     try:
+        check_ranges(config)
         main(config)
     except UserError as error:
         fail(str(error))

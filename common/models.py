@@ -1,37 +1,27 @@
 """Policies and teachers: any causal language model of transformers, from a folder, the hub or the tiny ones here."""
 
 import logging
-import random
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging as transformers_logging
 
 from posttrain.common.cli import UserError, first_line, require
 
 TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 transformers_logging.set_verbosity_error()
 logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry; one line of ours is enough
 transformers_logging.disable_progress_bar()
 
 
-def resolve(name: str) -> str:
-    """A built-in tiny model's folder, or the name as it is (a folder or a hub name)."""
-    return str(TINY / name) if (TINY / name).is_dir() else name
-
-
 def prepare(config: Any) -> torch.device:
     """Seeds, CPU threads and device of a run. One thread for the tiny models: two can be twenty times slower."""
-    random.seed(config.seed)
-    np.random.seed(config.seed % 2**32)
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     if config.threads or (TINY / config.model).is_dir():
         torch.set_num_threads(config.threads or 1)
     try:
@@ -44,8 +34,8 @@ def prepare(config: Any) -> torch.device:
 def from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
     """kind.from_pretrained, whose failures become one line."""
     try:
-        return kind.from_pretrained(resolve(name), **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+        return kind.from_pretrained(str(TINY / name) if (TINY / name).is_dir() else name, **kwargs)
+    except Exception as error:  # of many types: no such name, no network, no or broken or foreign files
         built_in = ", ".join(sorted(path.name for path in TINY.iterdir()))
         known = f"not one of the built-in {built_in}, nor a Hugging Face folder, nor a name that the hub answers for"
         raise UserError(f"cannot load {name!r}: {known} ({first_line(error)})") from None
@@ -54,8 +44,7 @@ def from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     tokenizer = from_pretrained(AutoTokenizer, name)
     require(tokenizer.eos_token_id is not None, f"the tokenizer of {name!r} has no eos_token; set it in its folder")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only fills; masks come from lengths, never from ids
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # only fills; masks come from lengths, not ids
     return tokenizer
 
 
@@ -68,7 +57,7 @@ def load_model(
     computes under autocast. A frozen model is held in dtype itself. With lora_rank > 0 only adapters train.
     """
     mixed = train and dtype == "bfloat16"
-    model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32 if mixed else DTYPES[dtype])
+    model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32 if mixed else getattr(torch, dtype))
     model = model.to(device).eval().requires_grad_(train)
     if lora_rank and train:
         from peft import LoraConfig, get_peft_model

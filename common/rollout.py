@@ -13,8 +13,6 @@ from posttrain.common.cli import require
 from posttrain.common.models import autocast, plain, stop_ids
 from posttrain.common.tasks import Example
 
-Ids = list[int]
-
 
 @dataclass
 class Rollout:
@@ -69,8 +67,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     return tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
 
 
-def assemble(prompts: list[Ids], responses: list[Ids], pad: int, logps: list | None = None, **rest) -> Rollout:
-    """Single-turn rows of prompt + response ids as a Rollout; logps lists each response's; rest fills other fields."""
+def assemble(prompts: list, responses: list, pad: int, logps: list | None = None, **rest) -> Rollout:
+    """Single-turn rows from lists of prompt and response ids (and log-probs) as a Rollout; rest fills other fields."""
     n, width = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     tokens = torch.full((n, width), pad)
     loss_mask, attention_mask, behaviour_logps = torch.zeros(3, n, width)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 from rich.table import Table
 from torch import nn
 
@@ -44,8 +44,8 @@ def write_atomically(path: Path, text: str) -> None:
 def versions() -> dict[str, str]:
     found = {d: importlib.metadata.version(d) for d in PACKAGES if importlib.util.find_spec(d.replace("-", "_"))}
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {"python": platform.python_version(), **found, "git_commit": commit or "unknown"}
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return {"python": platform.python_version(), **found, "git_commit": commit}
 
 
 class Run:
@@ -54,19 +54,22 @@ class Run:
     def __init__(self, config: Any, method: str):
         self.config, self.method, self.start, self.seconds = config, method, time.monotonic(), 0.0
         self.console = Console(highlight=False)
-        name = f"{method}-{Path(config.task).name.split(',')[0].replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(config.out or Path("runs") / name)
+        self.folder = Path(config.out or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
         flags = {"method": method, **dataclasses.asdict(config)}
         recorded = self.folder / "config.json"
         if config.resume:
             found = bool(config.out) and recorded.is_file()
             require(found, "--resume continues the run in --out: name a folder that holds a run's config.json")
-            was = json.loads(recorded.read_text())["flags"]
+            try:
+                was = json.loads(recorded.read_text())["flags"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{recorded} is not a run's; choose another --out") from None
             changed = [k for k in flags if k not in FREE_ON_RESUME and was.get(k) != flags[k]]
             said = ", ".join(f"{k} was {was.get(k)!r}, now {flags[k]!r}" for k in changed[:3])
             require(not changed, f"--resume with other flags than the run in {self.folder} had ({said}); give the same")
         held = f"{self.folder} already holds a run; add --resume to continue it, or choose another --out"
-        require(config.resume or not recorded.exists(), held)
+        begun = (self.folder / "metrics.jsonl").exists() and (self.folder / "metrics.jsonl").stat().st_size
+        require(config.resume or not begun, held)
         try:
             (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
             record = {"flags": flags, "versions": versions(), "command": sys.argv}
@@ -95,22 +98,24 @@ class Run:
         """Load the checkpoint, if any, into the given parts; drop what was logged after it. -> steps already done"""
         state = {"step": -1, "seconds": 0.0}
         if self.config.resume and self.checkpoint.is_file():
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                if isinstance(part, dict):
-                    part.update(state[name])
-                else:
-                    part.load_state_dict(state[name], **({"strict": False} if isinstance(part, nn.Module) else {}))
+            try:
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+                for name, part in parts.items():
+                    adapters = any(".lora_" in key for key in state[name])
+                    load = part.update if isinstance(part, dict) else part.load_state_dict
+                    load(state[name], **({"strict": False} if adapters else {}))
+            except Exception as error:
+                raise UserError(f"{self.checkpoint} is damaged or of another model ({first_line(error)})") from None
+            require(state["step"] <= self.config.steps, f"the run has {state['step']} steps already: raise --steps")
         self.seconds = state["seconds"]
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what a kill cut short has no end
             write_atomically(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
         return max(0, state["step"])
 
     def steps(self, done: int) -> Iterator[int]:
         """The remaining steps, 1-based, under a progress bar with a live line."""
-        columns = (TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.completed}/{task.total}"),
-                   TimeRemainingColumn(), TextColumn("{task.fields[live]}"))  # fmt: skip
+        columns = (*Progress.get_default_columns(), TextColumn("{task.fields[live]}"))
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.progress:
             self.bar = self.progress.add_task(self.method, total=self.config.steps, completed=done, live="")
             for step in range(done + 1, self.config.steps + 1):
@@ -166,9 +171,10 @@ class Run:
         summary |= {"method": self.method, "seconds": seconds}
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1))
         plot(self.folder, f"{self.method} on {config.task}", lines)
-        for method in compare:
-            if stored := stored_result(method, config):
-                rows[f"{method}, stored mean of {stored['seeds']} seeds"] = stored
+        path = RESULTS / f"{config.task}.json"
+        default = path.is_file() and config.model == f"{config.task}-student"
+        stored = json.loads(path.read_text())["methods"] if default else {}
+        rows |= {f"{m}, stored mean of {stored[m]['seeds']} seeds": stored[m] for m in compare if m in stored}
         table = Table(title=f"{self.method} on {config.task}: {config.eval_problems} held-out problems")
         for column in ("", f"Avg@{k}", f"Pass@{k}", "greedy"):
             table.add_column(column)
@@ -191,18 +197,14 @@ def start_wandb(mode: str, folder: Path, flags: dict) -> Any:
     import wandb
 
     name = folder.resolve().name
+    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb"))
+    where = {"id": name, "name": name, "mode": mode, "dir": folder, "resume": "allow"}
     try:
-        return wandb.init(project="posttrain", id=name, name=name, config=flags, mode=mode, dir=folder, resume="allow")
+        settings = wandb.Settings(silent=True, init_timeout=30)
+        return wandb.init(project="posttrain", config=flags, settings=settings, **where)
     except Exception as error:
         mend = "log in first, or use --wandb offline or --wandb off"
         raise UserError(f"wandb did not start ({first_line(error)}); {mend}") from None
-
-
-def stored_result(method: str, config: Any) -> dict | None:
-    """Mean and spread of a method's stored runs on the embedded default of this task, if there are any."""
-    path = RESULTS / f"{config.task}.json"
-    default = path.is_file() and config.model == f"{config.task}-student"
-    return json.loads(path.read_text())["methods"].get(method) if default else None
 
 
 def plot(folder: Path, title: str, lines: list[dict]) -> None:

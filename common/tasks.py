@@ -187,8 +187,10 @@ class Rows:
         out = []
         for i, row in enumerate(table):
             prompt, answer = row.pop(prompt_column), row[answer_column]
-            require(prompt and answer is not None, f"task {self.name!r}: row {i} lacks a prompt or an answer")
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+            whole = isinstance(messages, list) and all(isinstance(m, dict) and m.get("content") for m in messages)
+            wrong = f"task {self.name!r}: row {i} lacks an answer, or its prompt is neither text nor chat messages"
+            require(whole and messages and answer is not None, wrong)
             out.append(Example(messages, str(answer).split("####")[-1].strip(), row | {"solution": str(answer)}))
         return out
 
@@ -231,6 +233,7 @@ def load_rows(spec: str) -> tuple[Any, Any]:
     path, kind = Path(spec), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
     require(path.suffix not in kind or path.is_file(), f"task {spec!r}: no such file in {Path.cwd()}")
     datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
     try:
         if path.suffix in kind:
             splits = datasets.load_dataset(kind[path.suffix], data_files=str(path))
@@ -239,7 +242,9 @@ def load_rows(spec: str) -> tuple[Any, Any]:
             splits = datasets.load_dataset(name, config or None)
     except Exception as error:
         known = "addition, reasoning_gym:NAME, gsm8k, a data file or folder, or a name that the hub answers for"
-        raise UserError(f"task {spec!r} cannot be loaded ({first_line(error)}); give {known}") from None
+        raise UserError(
+            f"task {spec!r} cannot be loaded ({first_line(error.__cause__ or error)}); give {known}"
+        ) from None
     own = next((s for s in ("test", "validation") if s in splits), None)
     train = next((s for s in ("train", *splits) if s in splits and s != own), own)
     require(len(splits[train]) > 0, f"task {spec!r} is empty; give a file with at least two rows")
@@ -292,7 +297,7 @@ def make_reward(spec: str, task: Task) -> Callable[[Example, str], float]:
     module: dict[str, Any] = {"__name__": "user_reward"}
     try:
         exec(compile(Path(path).read_text(), path, "exec"), module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"--reward: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
     require(callable(module.get(name)), f"--reward: {path} has no function {name!r}")
     return module[name]

@@ -132,10 +132,3 @@ def resources(clock: list[float], rollout: Rollout) -> dict[str, float]:
     peak = torch.cuda.max_memory_allocated() if rollout.tokens.is_cuda else rss
     total = {"time/sample": sample, "time/score": score, "time/update": update, "time/tokens_per_second": speed}
     return total | {"memory/peak_gib": peak / 2**30}
-
-
-@torch.no_grad()
-def mix_weights(target: nn.Module, source: nn.Module, mix: float) -> None:
-    """target <- mix source + (1 - mix) target, weight by weight."""
-    for old, new in zip(target.parameters(), source.parameters(), strict=True):
-        old.lerp_(new.to(old.dtype), mix)

@@ -94,8 +94,9 @@ def linear_topk_divergence(
     renorm = both sides renormalised over the list, blind to the rest; drop = partial sums, may be negative.
     """
     check_temperature(temperature)
-    if topk_ids.shape[-1] > (vocab_size or weight.shape[0]):
-        raise ValueError(f"{topk_ids.shape[-1]} listed tokens exceed the vocabulary")
+    width = vocab_size or weight.shape[0]
+    if topk_ids.numel() and not bool(((topk_ids >= -1) & (topk_ids < width)).all()):
+        raise ValueError(f"token ids must be in [0, {width}) or -1")
 
     def rows(hidden: Tensor, ids: Tensor, teacher: Tensor) -> tuple[Tensor]:
         x = project(hidden, weight, bias, temperature, softcap, vocab_size)
@@ -105,7 +106,10 @@ def linear_topk_divergence(
         student = (x.gather(-1, ids) - x.logsumexp(-1, keepdim=True)).masked_fill(padding, -torch.inf)
         if tail == "bucket":
             # The student's tail from its own logits, not 1 - sum p: a tail of 1e-18 must survive.
-            student_tail = x.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True) - x.logsumexp(-1, keepdim=True)
+            rest = x.scatter(-1, ids, -torch.inf)
+            empty = rest.detach().amax(-1, keepdim=True) == -torch.inf  # logsumexp of nothing has a NaN gradient
+            tail_lse = rest.masked_fill(empty, 0).logsumexp(-1, keepdim=True).masked_fill(empty, -torch.inf)
+            student_tail = tail_lse - x.logsumexp(-1, keepdim=True)
             mass = 1 - teacher.exp().sum(-1, keepdim=True)
             if kind == "reverse_kl":  # it divides by the teacher's tail: floor it
                 teacher_tail = mass.clamp(min=TAIL_FLOOR).log()

@@ -64,6 +64,9 @@ def linear_gather_logp(
 ) -> Tensor:
     """Log-probs of K tokens a row.  hidden [n, H], weight [V, H], ids [n, K] (-1 = padding) -> [n, K]; padding -inf"""
     check_temperature(temperature)
+    width = vocab_size or weight.shape[0]
+    if ids.numel() and not bool(((ids >= -1) & (ids < width)).all()):
+        raise ValueError(f"token ids must be in [0, {width}) or -1")
 
     def rows(hidden: Tensor, ids: Tensor) -> tuple[Tensor]:
         x = project(hidden, weight, bias, temperature, softcap, vocab_size)

@@ -31,7 +31,19 @@ from posttrain.common.rollout import ENGINES, Sampling, concat, seed_of
 from posttrain.common.run import Run
 from posttrain.common.scoring import micro_batches, score, token_logps
 from posttrain.common.tasks import grade_all, make_reward, make_task
-from posttrain.common.training import Optimizer, Schedule, Stats, mix_weights, resources, rollout_metrics
+from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
+
+PRESETS = {
+    "none": {},
+    "grpo": {"adv": "group_std", "agg": "seq", "beta": 0.04, "kl": "k3"},  # DeepSeekMath
+    "dapo": {"agg": "token", "eps_hi": 0.28, "overlong": 4, "dynamic_sampling": 10},  # 2503.14476
+    "dr_grpo": {"adv": "center", "agg": "const"},  # 2503.20783
+    "gspo": {"ratio_level": "seq", "agg": "seq", "eps_lo": 3e-4, "eps_hi": 4e-4},  # 2507.18071
+    "cispo": {"loss": "cispo", "agg": "token"},  # 2506.13585
+    "rloo": {"adv": "rloo"},  # 2402.14740
+    "rloo_trl": {"adv": "rloo", "ratio_level": "seqsum", "agg": "seq", "beta": 0.05, "kl": "k1_reward"},  # TRL's
+    "rlite": {"adv": "batch_std", "agg": "token"},  # 2508.08221
+}
 
 
 @dataclass
@@ -41,13 +53,13 @@ class Config:
     reward: str = "task"  # task, random (control: must not help), or path/to/file.py:function
     prompt_column: str = "prompt"  # of a file or datasets name
     answer_column: str = "answer"  # of a file or datasets name
-    steps: int = 120  # batches sampled
-    prompts_per_step: int = 16  # P
+    steps: int = 160  # batches sampled
+    prompts_per_step: int = 32  # P
     group_size: int = 8  # G, responses per prompt (DeepSeekMath: 64)
     max_new_tokens: int = 20  # L_max
     temperature: float = 1.0  # of sampling and of every log-prob in training
-    lr: float = 3e-4  # for the tiny default; 1e-6 for a real model, 1e-5 to 1e-4 with LoRA
-    warmup: int = 0  # steps of linear warm-up
+    lr: float = 2e-4  # for the tiny default; 1e-6 for a real model, 1e-5 to 1e-4 with LoRA
+    warmup: int = 10  # steps of linear warm-up
     schedule: Schedule = "linear"  # of the learning rate: linear and cosine end at 0
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's
@@ -66,25 +78,19 @@ class Config:
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
     # --- this method
-    preset: Literal["none", "grpo", "dapo", "dr_grpo", "gspo", "cispo", "rloo", "rloo_trl", "rlite"] = (
-        "none"  # see PRESETS
-    )
+    preset: Literal[tuple(PRESETS)] = "none"  # the flags of one publication, see PRESETS; explicit flags win
     adv: Literal["group_std", "center", "batch_std", "rloo"] = "group_std"  # Eq. 1
     adv_eps: float = 1e-4  # added to the std (verl: 1e-6)
     adv_ddof: int = 1  # 1 = sample std, 0 = population std
     loss: Literal["pg", "cispo", "sapo", "reinforce"] = "pg"  # Eq. 3
-    ratio_level: Literal["token", "seq", "seqsum"] = (
-        "token"  # Eq. 2; seq = length-normalised (GSPO), seqsum = RLOO of TRL
-    )
+    ratio_level: Literal["token", "seq", "seqsum"] = "token"  # Eq. 2; seq = the row's mean (GSPO), seqsum = TRL's RLOO
     eps_lo: float = 0.2  # lower clip (GSPO: 3e-4)
     eps_hi: float = 0.2  # upper clip (DAPO: 0.28, GSPO: 4e-4)
     delta: float = 0.0  # two-sided clip of rho where A < 0, over 1 + eps_hi (INTELLECT-2: 4); 0 = off
     cispo_cap: float = 5.0  # absolute cap of rho for --loss cispo (ScaleRL: 5)
     agg: Literal["token", "token_group", "seq", "const"] = "token"  # Eq. 6: DAPO's code, DAPO's paper, GRPO, Dr. GRPO
     beta: float = 0.0  # weight of the KL to the reference (DeepSeekMath: 0.04); 0 = off, no reference kept
-    kl: Literal["k1", "k1_reward", "k2", "k3", "k3_is"] = (
-        "k3_is"  # estimator; k3 = the paper's, k1 has no mean gradient
-    )
+    kl: Literal["k1", "k1_reward", "k2", "k3", "k3_is"] = "k3_is"  # estimator, DeepSeekMath: k3; k1 teaches nothing
     ref_every: int = 0  # refresh the reference every so many steps (R1: 400); 0 = never
     ref_mix: float = 1.0  # reference <- mix policy + (1 - mix) reference; 1 = replace (TRL: 0.6 every 512)
     ent_coef: float = 0.0  # entropy bonus
@@ -100,19 +106,6 @@ class Config:
     tis_max: float = 2.0  # upper bound of w (TRL: 3)
     tis_min: float = 0.0  # lower bound of w
     opsm: float = 0.0  # drop rows with A < 0 whose mean log-ratio to the sampler exceeds this (0.5); 0 = off
-
-
-PRESETS = {
-    "none": {},
-    "grpo": {"adv": "group_std", "agg": "seq", "beta": 0.04, "kl": "k3"},  # DeepSeekMath
-    "dapo": {"agg": "token", "eps_hi": 0.28, "overlong": 4, "dynamic_sampling": 10},  # 2503.14476
-    "dr_grpo": {"adv": "center", "agg": "const"},  # 2503.20783
-    "gspo": {"ratio_level": "seq", "agg": "seq", "eps_lo": 3e-4, "eps_hi": 4e-4},  # 2507.18071
-    "cispo": {"loss": "cispo", "agg": "token"},  # 2506.13585
-    "rloo": {"adv": "rloo"},  # 2402.14740
-    "rloo_trl": {"adv": "rloo", "ratio_level": "seqsum", "agg": "seq", "beta": 0.05, "kl": "k1_reward"},  # TRL's
-    "rlite": {"adv": "batch_std", "agg": "token"},  # 2508.08221
-}
 
 
 def overlong_penalty(length: Tensor, max_new_tokens: int, zone: int) -> Tensor:
@@ -158,7 +151,7 @@ def policy_token_loss(logps: Tensor, ratio: Tensor, advantages: Tensor, config: 
     if config.loss == "cispo":  # the weight is capped, the gradient of log p is not
         return -ratio.detach().clamp(max=config.cispo_cap) * a * logps
     if config.loss == "sapo":
-        tau = torch.where(a > 0, 1.0, 1.05)
+        tau = torch.full_like(a, 1.05).masked_fill(a > 0, 1.0)
         loss = -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * a
     else:
         bounded = ratio.clamp(max=config.delta) if config.delta else ratio
@@ -169,8 +162,8 @@ def policy_token_loss(logps: Tensor, ratio: Tensor, advantages: Tensor, config: 
 def kl_token_penalty(logps: Tensor, ref_logps: Tensor, ratio: Tensor, kl: str) -> Tensor:
     """k(logp, ref_logp) of Eq. 5.  [N, T] -> [N, T]
 
-    k2 has the gradient of KL(policy||ref) in expectation, k3 its value but the gradient of KL(ref||policy);
-    k3_is = ratio k3 (DeepSeek-V3.2, 2512.02556) has both. k1 has its value and no gradient in expectation.
+    In expectation k2 has the gradient of KL(policy||ref), k3 its value but the gradient of KL(ref||policy), k3_is =
+    ratio k3 (DeepSeek-V3.2, 2512.02556) both, k1 its value and no gradient.
     """
     d = (ref_logps - logps).clamp(-20, 20)
     k3 = d.exp() - d - 1
@@ -193,7 +186,8 @@ def rollout_weights(old_logps, behaviour_logps, loss_mask: Tensor, tis: str, low
 
 def stale_rows(logps: Tensor, behaviour_logps: Tensor, loss_mask: Tensor, advantages: Tensor, opsm: float) -> Tensor:
     """Rows with A < 0 that the policy has left behind (DeepSeek-V3.2): mean(behaviour - logp) > opsm.  -> bool [N]"""
-    gap = ((behaviour_logps - logps.detach()) * loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
+    known = (loss_mask > 0) & behaviour_logps.isfinite()
+    gap = torch.where(known, behaviour_logps - logps.detach(), 0).sum(1) / known.sum(1).clamp(min=1)
     return (advantages < 0) & (gap > opsm)
 
 
@@ -224,7 +218,7 @@ def informative_rows(reward: Tensor, group: Tensor, prompts: int) -> Tensor:
 
 
 def clip_fractions(ratio: Tensor, advantages: Tensor, config: Config) -> dict[str, Tensor]:
-    """Where the clip of Eq. 3 cuts the gradient.  [N, T] or [N, 1], [N] -> the same shape as ratio"""
+    """1 where the ratio is beyond the clip on the side that matters.  [N, T] or [N, 1], [N] -> like ratio"""
     low = (advantages[:, None] < 0) & (ratio < 1 - config.eps_lo)
     high = (advantages[:, None] > 0) & (ratio > 1 + config.eps_hi)
     return {"policy/clip_low": low.to(ratio.dtype), "policy/clip_high": high.to(ratio.dtype)}
@@ -234,7 +228,9 @@ def check(config: Config) -> None:
     require(config.group_size > 1, "GRPO compares responses to one prompt: --group-size must be at least 2")
     require(config.temperature > 0, "greedy responses are all equal, no signal: --temperature must be above 0")
     require(not config.delta or config.delta > 1 + config.eps_hi, "--delta bounds beyond the clip: above 1 + --eps-hi")
-    require(config.beta or not config.ref_every, "--ref-every refreshes the reference of --beta: set both or neither")
+    refreshes = config.beta and not config.lora_rank
+    require(refreshes or not config.ref_every, "--ref-every refreshes the reference of --beta; not with --lora-rank")
+    require(0 < config.ent_top <= 1 and config.ref_mix <= 1, "--ent-top and --ref-mix must lie in (0, 1]")
 
 
 def main(config: Config) -> None:
@@ -244,15 +240,15 @@ def main(config: Config) -> None:
     reward = make_reward(config.reward, task)
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
-    reference = load_model(config.model, device, config.dtype, train=False) if config.beta else None
+    reference = load_model(config.model, device, config.dtype).requires_grad_(False) if config.beta else None
     engine = ENGINES[config.rollout](policy, tokenizer)
     optimizer = Optimizer(policy, config)
     run = Run(config, "grpo")
     state = {"ent_coef": config.ent_coef, "entropy": 0.0}
     parts = {"policy": policy, "optimizer": optimizer, "state": state}
     parts |= {"reference": reference} if config.ref_every else {}
-    sampling = Sampling(config.temperature, config.max_new_tokens)
-    limit, bounds = config.micro_batch_tokens, (config.tis_min, config.tis_max)
+    sampling, low, high = Sampling(config.temperature, config.max_new_tokens), config.tis_min, config.tis_max
+    limit, updates = config.micro_batch_tokens, config.minibatches * config.epochs
     in_reward = config.beta > 0 and config.kl == "k1_reward"
     done = run.restore(**parts)
     if not done:
@@ -277,7 +273,7 @@ def main(config: Config) -> None:
         # --- score
         mask, behaviour_logps = rollout.loss_mask, rollout.behaviour_logps
         old_logps = old_entropy = ref_logps = None  # old_logps None: one optimizer step, the ratio is 1
-        if config.minibatches * config.epochs > 1 or config.tis != "off" or config.ent_top < 1 or in_reward:
+        if updates > 1 or config.tis != "off" or config.ent_top < 1 or in_reward:
             old_logps, old_entropy = score(policy, rollout, limit, config.temperature)
         if config.beta:
             ref_logps, _ = score(reference, rollout, limit, config.temperature)
@@ -292,7 +288,7 @@ def main(config: Config) -> None:
             mask = mask * rollout.finished[:, None]
         weights = torch.ones_like(mask)  # [N, T] on the policy loss, not on the KL
         if config.tis != "off":
-            weights = weights * rollout_weights(old_logps, behaviour_logps, mask, config.tis, *bounds)
+            weights = weights * rollout_weights(old_logps, behaviour_logps, mask, config.tis, low, high)
         if config.ent_top < 1:
             weights = weights * high_entropy(old_entropy, mask, config.ent_top)
         metrics["grpo/weight"] = ((weights * mask).sum() / mask.sum().clamp(min=1)).item()
@@ -301,9 +297,9 @@ def main(config: Config) -> None:
         stats = Stats()
         ent_coef = state["ent_coef"] if not config.ent_target or state["entropy"] <= config.ent_target else 0.0
         penalised = config.beta > 0 and not in_reward
-        learns = bool(advantages.any()) or penalised or ent_coef > 0  # else momentum alone would move the policy
+        learns = bool(advantages.any()) or penalised or ent_coef > 0  # else no step: momentum alone must not move it
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
-        for _ in range(config.epochs if learns else 0):
+        for _ in range(config.epochs):
             for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
                 c = row_weights(mask[part], rollout.group[part], config.agg, config.max_new_tokens)[:, None]
                 for rows in micro_batches(rollout[part], limit):
@@ -321,15 +317,17 @@ def main(config: Config) -> None:
                     if penalised:
                         kl = (kl_token_penalty(logps, ref_logps[at], ratio, config.kl) * m * c[rows]).sum()
                         loss = loss + config.beta * kl
-                        stats.add("loss/kl", kl)
-                    loss.backward()
-                    stats.add("loss/total", loss)
+                        stats.add("loss/kl", kl / updates)
+                    if learns:
+                        loss.backward()
+                    stats.add("loss/total", loss / updates)
                     drift = {"policy/kl_old": old - logps, **clip_fractions(ratio, advantages[at], config)}
                     stats.tokens(m, {"train/entropy": entropy, **drift})
                     stats.engine(m, old, behaviour_logps[at])
                 metrics |= optimizer.step(step)
         if config.ref_every and step % config.ref_every == 0:
-            mix_weights(reference, policy, config.ref_mix)
+            for old, new in zip(reference.parameters(), policy.parameters(), strict=True):
+                old.data.lerp_(new.data, config.ref_mix)
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save

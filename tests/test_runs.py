@@ -211,7 +211,6 @@ def test_model_loads_plainly_with_the_trained_weights(whole, method):
     assert model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=3).shape[1] > 3
     files = {path.name for path in (out / "model").iterdir()}
     assert files >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (out / "model").iterdir()), "only its owner may read it"
 
 
 def test_terminal_shows_before_after_and_the_folder(whole):
@@ -229,7 +228,8 @@ def test_a_teacher_of_the_same_size_is_measured_before_training(whole):
 
 def test_without_out_a_fresh_folder_under_runs_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):  # within one second: neither may refuse
+    monkeypatch.setattr(time, "strftime", lambda *args: "20260101-120000")
+    for _ in range(2):  # started within one second: neither may refuse
         grpo.main(grpo.Config(steps=1, prompts_per_step=2, group_size=2, eval_problems=2, eval_samples=1))
     assert len(list((tmp_path / "runs").glob("grpo-addition-*/summary.json"))) == 2
 
@@ -397,10 +397,9 @@ ACCUMULATED = [
 
 
 @pytest.mark.parametrize(("method", "given"), ACCUMULATED)
-@pytest.mark.parametrize("limit", [30, 100])
-def test_micro_batches_change_nothing(method, given, limit, tmp_path):
+def test_micro_batches_change_nothing(method, given, tmp_path):
     given = {**given, "steps": 2, "lr": 3e-4, "eval-every": 0}
-    small, large = (here(method, tmp_path / f"{n}", **given, **{"micro-batch-tokens": n}) for n in (limit, 100_000))
+    small, large = (here(method, tmp_path / f"{n}", **given, **{"micro-batch-tokens": n}) for n in (60, 100_000))
     for a, b in zip(results(small), results(large), strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
     x, y = weights(small), weights(large)
@@ -460,8 +459,8 @@ def test_an_averaged_teacher_moves_in_bfloat16_too(tmp_path):
     out = here("opd", tmp_path / "run", dtype="bfloat16", **given)
     saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
     start = load_file(TINY / "addition-student" / "model.safetensors")
-    moved = [not torch.equal(saved["teacher"][key].float(), start[key].bfloat16().float()) for key in start]
-    assert sum(moved) > len(moved) / 2
+    assert {weight.dtype for weight in saved["teacher"].values()} == {torch.float32}
+    assert all(not torch.equal(saved["teacher"][key], value) for key, value in start.items())
 
 
 def test_random_reward_is_a_coin(tmp_path):
@@ -478,10 +477,10 @@ def test_a_reward_file_of_the_user_runs(tmp_path):
 
 
 def test_a_reward_that_fails_now_and_then_leaves_those_rows_out(tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "def f(example, completion):\n    return {}[0] if '7' in completion else float(len(completion) % 2)\n"
-    )
-    rows = lines(here("grpo", tmp_path / "run", reward=f"{tmp_path}/mine.py:f"))[1:]
+    code = "def f(example, completion):\n    return {}[0] if completion[-1:] == '7' else float(completion[:1] > '4')\n"
+    (tmp_path / "mine.py").write_text(code)
+    given = {"reward": f"{tmp_path}/mine.py:f", "prompts-per-step": 16}
+    rows = lines(here("grpo", tmp_path / "run", **given))[1:]
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert any(row.get("optim/grad_norm", 0) > 0 for row in rows)
 
@@ -492,7 +491,7 @@ def test_without_signal_nothing_moves_and_the_keys_stay(tmp_path):
     start = load_file(TINY / "addition-student" / "model.safetensors")
     assert all(torch.equal(start[key], value) for key, value in weights(out).items())
     for row in lines(out)[1:]:
-        assert row["train/zero_signal"] == 1 and row["train/accuracy"] == 0
+        assert row["train/zero_signal"] == 1 and row["train/reward"] == 0.5
         assert row.keys() >= TABLE | OWN["grpo"], f"lacks {sorted((TABLE | OWN['grpo']) - row.keys())}"
 
 
@@ -509,12 +508,12 @@ def test_a_data_file_and_a_reasoning_gym_task_run(tmp_path):
 
 TESTED_ELSEWHERE = {"rollout", "wandb"}  # engines in test_rollout.py, wandb above and in test_bad_input.py
 WITH = {  # flags under which a choice has anything to choose
-    "grpo": {"adv": {"minibatches": 2}, "loss": {"minibatches": 4, "lr": 0.05}, "agg": {"max_new_tokens": 14},
+    "grpo": {"adv": {"minibatches": 2}, "loss": {"minibatches": 4, "lr": 0.05},
              "ratio_level": {"minibatches": 4, "lr": 0.05}, "kl": {"beta": 0.5, "minibatches": 4, "lr": 0.05},
              "tis": {"dtype": "bfloat16", "tis_max": 1.05, "tis_min": 0.99, "minibatches": 2, "lr": 0.01},
              "preset": {"overlong": 4, "minibatches": 4, "lr": 0.05}},
     "opd": {"support": {"est": "topk", "top_k": 2, "beta": 0.5}, "tail": {"est": "topk", "top_k": 2, "beta": 0.5},
-            "off_policy": {"est": "full", "lmbda": 0.0}, "agg": {"max_new_tokens": 14},
+            "off_policy": {"est": "full", "lmbda": 0.0},
             "teacher_sync": {"teacher": "self", "est": "full", "beta": 0.5, "lr": 0.01, "ema": 0.3}},
 }  # fmt: skip
 
@@ -535,8 +534,8 @@ def outcome(folder):
     @functools.cache
     def get(method: str, name: str, value: str) -> str | list[dict]:
         module = METHODS[method]
-        small = {"steps": 3, "prompts_per_step": 4, "group_size": 4, "eval_problems": 2, "eval_samples": 1}
-        given = {**small, "lr": 3e-3, "eval_every": 0, **WITH[method].get(name, {}), name: value}
+        small = {"steps": 3, "prompts_per_step": 8, "group_size": 4, "eval_problems": 2, "eval_samples": 1}
+        given = {**small, "lr": 5e-4, "eval_every": 0, **WITH[method].get(name, {}), name: value}
         if name == "preset":
             given = {**given, **module.PRESETS[value], "preset": value}
         out = folder / "choices" / f"{method}-{name}-{value}"
@@ -544,7 +543,9 @@ def outcome(folder):
             module.check(module.Config(**given))
         except UserError as refused:
             return str(refused)
-        module.main(module.Config(**given, out=str(out)))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("posttrain.common.run.plot", lambda *args: None, raising=False)  # half of a short run's time
+            module.main(module.Config(**given, out=str(out)))
         return results(out)
 
     return get
