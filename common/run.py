@@ -61,21 +61,20 @@ class Run:
             found = bool(config.out) and recorded.is_file()
             require(found, "--resume continues the run in --out: name a folder that holds a run's config.json")
             try:
-                was = json.loads(recorded.read_text())["flags"]
+                was = dict(json.loads(recorded.read_text())["flags"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{recorded} is not a run's; choose another --out") from None
             changed = [k for k in flags if k not in FREE_ON_RESUME and was.get(k) != flags[k]]
             said = ", ".join(f"{k} was {was.get(k)!r}, now {flags[k]!r}" for k in changed[:3])
             require(not changed, f"--resume with other flags than the run in {self.folder} had ({said}); give the same")
         held = f"{self.folder} already holds a run; add --resume to continue it, or choose another --out"
-        begun = (self.folder / "metrics.jsonl").exists() and (self.folder / "metrics.jsonl").stat().st_size
-        require(config.resume or not begun, held)
+        metrics = self.folder / "metrics.jsonl"  # empty: a start that failed at once, such as by a wrong flag
+        require(config.resume or not recorded.exists() or (metrics.exists() and not metrics.stat().st_size), held)
         try:
             (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-            record = {"flags": flags, "versions": versions(), "command": sys.argv}
-            write_atomically(recorded, json.dumps(record, indent=1))
         except OSError as error:
             raise UserError(f"cannot write the folder {self.folder} ({error.strerror}); choose another --out") from None
+        self.record = {"flags": flags, "versions": versions(), "command": sys.argv}
         self.checkpoint = self.folder / "checkpoint" / "state.pt"
         self.wandb = start_wandb(config.wandb, self.folder, flags) if config.wandb != "off" else None
 
@@ -108,6 +107,7 @@ class Run:
                 raise UserError(f"{self.checkpoint} is damaged or of another model ({first_line(error)})") from None
             require(state["step"] <= self.config.steps, f"the run has {state['step']} steps already: raise --steps")
         self.seconds = state["seconds"]
+        write_atomically(self.folder / "config.json", json.dumps(self.record, indent=1))
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what a kill cut short has no end
             write_atomically(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
@@ -197,10 +197,10 @@ def start_wandb(mode: str, folder: Path, flags: dict) -> Any:
     import wandb
 
     name = folder.resolve().name
-    os.environ.setdefault("WANDB_CACHE_DIR", str(folder / "wandb"))
+    os.environ |= {"WANDB_CACHE_DIR": str(folder / "wandb"), "WANDB_SILENT": "true"}
     where = {"id": name, "name": name, "mode": mode, "dir": folder, "resume": "allow"}
     try:
-        settings = wandb.Settings(silent=True, init_timeout=30)
+        settings = wandb.Settings(init_timeout=30)
         return wandb.init(project="posttrain", config=flags, settings=settings, **where)
     except Exception as error:
         mend = "log in first, or use --wandb offline or --wandb off"

@@ -4,19 +4,20 @@ The student writes, the teacher only scores: one forward pass over the student's
 much likelier the student found it than the teacher. Minimise KL(student || teacher) on states that the student visits.
 With d = behaviour_logp - teacher_logp on a sampled token and c = kl_coef:
 
-    (1)  A    = -c d,  or discounted  A_t = sum_k discount^k A_{t+k};  + task_coef A_task            --est k1_pg
-    (2)  L    = -sum_it rho A m / sum m,   rho = exp(logp - behaviour_logp)
-    (3)  L    = c sum_it D(student, teacher) m / sum m,   over the whole vocabulary                  --est full
+    (1)  L    = c sum_it D(student, teacher) m / sum m,   over the whole vocabulary                  --est full
               D = KL(q|p) (beta 0), KL(p|q) (beta 1), or beta KL(q|mix) + (1-beta) KL(p|mix),
               p student, q teacher, mix = beta q + (1-beta) p
-    (4)       the same over the K likeliest tokens and one bucket for the rest                       --est topk
+    (2)       the same over the K likeliest tokens and one bucket for the rest                       --est topk
+    (3)  A    = -c d,  or discounted  A_t = sum_k discount^k A_{t+k};  + task_coef A_task            --est k1_pg
+    (4)  L    = -sum_it rho A m / sum m,   rho = exp(logp - behaviour_logp)
     (5)  L    = c sum_it k(logp, teacher_logp) m / sum m, k2 or k3 on the sampled token              --est k2, k3, k3_k2
     (6)  with probability 1 - lmbda the step uses stored or teacher-written responses (GKD)          --lmbda
 
 Differs from grpo.py in: the advantage is a teacher's log-ratio on each token, not a group's reward.
 
 Good to know
-- (1) has the gradient of the reverse KL in expectation; (3) and (4) have it (or another divergence's) exactly.
+- (3) has the gradient of the reverse KL in expectation and is all that a log-prob server can give (the blog's form);
+  (1) and (2) have it exactly, with less noise, and need the teacher's distribution: the default, a local teacher.
 - A full divergence used as an advantage would not depend on the sampled token: its expected gradient is 0. And k1 as
   a direct loss has zero expected gradient too. Neither is offered.
 - The advantage is never normalised or centred: that would delete the scale of the KL.
@@ -57,7 +58,7 @@ class Config:
     group_size: int = 8  # G, responses per prompt; only averaged over (blog: 4)
     max_new_tokens: int = 20  # L_max
     temperature: float = 1.0  # of sampling and of every log-prob in training
-    lr: float = 3e-4  # for the tiny default; 1e-6 for a real model, 1e-4 with LoRA
+    lr: float = 5e-4  # for the tiny default (3e-4 with k1_pg); 1e-6 for a real model, 1e-4 with LoRA
     warmup: int = 10  # steps of linear warm-up
     schedule: Schedule = "linear"  # of the learning rate: linear and cosine end at 0
     max_grad_norm: float = 1.0  # clip
@@ -77,22 +78,22 @@ class Config:
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
     # --- this method
-    est: Literal["k1_pg", "full", "topk", "k2", "k3", "k3_k2"] = "k1_pg"  # Eq. 1-5; k3_k2 = value of k3, gradient of k2
+    est: Literal["full", "topk", "k1_pg", "k2", "k3", "k3_k2"] = "full"  # Eq. 1-5 (blog: k1_pg); k3_k2: see sampled_kl
     kl_coef: float = 1.0  # c
     adv_clamp: float = 10.0  # bound of |d| in nats (verl: 10); 0 = off
-    discount: float = 0.0  # of later tokens' d in Eq. 1 (MiniLLM: 0.95; the blog found no gain)
+    discount: float = 0.0  # of later tokens' d in Eq. 3 (MiniLLM: 0.95; the blog found no gain)
     discount_mean: bool = False  # divide the discounted sum by the number of remaining tokens (MiniLLM)
     agg: Literal["token", "seq", "const", "sum"] = "token"  # mean of tokens, of rows' means, over B L_max; Tinker: sum
-    beta: float = 1.0  # Eq. 3: 0 = forward KL, 1 = reverse KL, between = generalised JSD (GKD: 0.1, 0.5, 0.9)
-    divergence_temperature: float = 1.0  # of both models in Eq. 3-4
-    top_k: int = 16  # K of Eq. 4
+    beta: float = 1.0  # Eq. 1: 0 = forward KL, 1 = reverse KL, between = generalised JSD (GKD: 0.1, 0.5, 0.9)
+    divergence_temperature: float = 1.0  # of both models in Eq. 1-2
+    top_k: int = 16  # K of Eq. 2
     support: Literal["teacher", "student", "union"] = "teacher"  # whose likeliest tokens
     tail: Tail = "bucket"  # the rest as one bucket, renormalised away, or dropped (not a divergence)
     lmbda: float = 1.0  # fraction of steps on the student's own samples (GKD: 0, 0.5, 1); below 1 needs full or topk
     off_policy: Literal["data", "teacher"] = "teacher"  # responses of the other steps: the task's own or the teacher's
     cold_start_steps: int = 0  # first steps: plain SFT on --off-policy responses; = steps for the SFT baseline
     task_coef: float = 0.0  # weight of the group-normalised task reward (slime: 1)
-    position_weight: float = 0.0  # extra weight of early tokens in Eq. 1 (IW-OPD, 2606.22600: 0.5)
+    position_weight: float = 0.0  # extra weight of early tokens in Eq. 3 (IW-OPD, 2606.22600: 0.5)
     prefix_frac: float = 1.0  # loss only on this first part of each response
     mask_eos: bool = False  # no loss on the end token, for a teacher that ends otherwise
     teacher_prompt: str = "{prompt}"  # last message as the teacher sees it; {answer} and data columns may be used
@@ -101,7 +102,7 @@ class Config:
 
 
 def distillation_advantages(d: Tensor, loss_mask: Tensor, discount: float = 0.0, mean: bool = False) -> Tensor:
-    """-d of Eq. 1, or its discounted sum over the tokens that follow, over their number if mean.  [N, T] -> [N, T]"""
+    """-d of Eq. 3, or its discounted sum over the tokens that follow, over their number if mean.  [N, T] -> [N, T]"""
     advantages, reach = -d * loss_mask, 1
     while discount and reach < d.shape[1]:  # A holds the sum over `reach` tokens; double it: log2(T) steps
         later = torch.nn.functional.pad(advantages[:, reach:], (0, min(reach, d.shape[1])))
@@ -158,7 +159,7 @@ def row_weights(loss_mask: Tensor, agg: str, max_new_tokens: int) -> Tensor:
 
 
 def teacher_divergence(policy, hidden: Tensor, teacher, teacher_hidden: Tensor, vocab_size: int, config: Config):
-    """Eq. 3 or 4 at each sampled token, with gradient for the student.  [n, Hs], [n, Ht] -> D [n], diagnostics [n]"""
+    """Eq. 1 or 2 at each sampled token, with gradient for the student.  [n, Hs], [n, Ht] -> D [n], diagnostics [n]"""
     kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(config.beta, "jsd")
     shared = {"temperature": config.divergence_temperature, "vocab_size": vocab_size}
     ours, theirs = lm_head(policy), lm_head(teacher)
@@ -210,7 +211,8 @@ def check(config: Config) -> None:
     blind = config.support == "teacher" and config.tail != "bucket" and config.beta == 1
     require(config.lmbda == 1 or config.est in ("full", "topk"), "--lmbda below 1 needs --est full or --est topk")
     shares = (config.beta, config.lmbda, config.ema, config.prefix_frac)
-    require(max(shares) <= 1, "--beta, --lmbda, --ema and --prefix-frac must lie in [0, 1]")
+    inside = min(shares) >= 0 and max(shares) <= 1 and config.prefix_frac > 0
+    require(inside, "--beta, --lmbda, --ema must lie in [0, 1] and --prefix-frac in (0, 1]")
     require(config.temperature > 0, "--temperature must be above 0: greedy responses explore nothing")
     require(config.divergence_temperature > 0, "--divergence-temperature must be above 0")
     require(
@@ -225,6 +227,7 @@ def main(config: Config) -> None:
     device = prepare(config)
     task = make_task(config.task, config.prompt_column, config.answer_column)
     reward = make_reward(config.reward, task)
+    teacher_messages(task.heldout(1)[0], config.teacher_prompt)  # a wrong template is told now
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     itself = config.teacher == "self"
@@ -310,7 +313,7 @@ def main(config: Config) -> None:
                 stats.tokens(m, {key: scatter(value, batch) for key, value in measured.items()}, count=False)
             elif config.est != "k1_pg":
                 token_loss = config.kl_coef * sampled_kl(logps, teacher_logps[rows], config.est)
-            if on_policy:  # Eq. 2
+            if on_policy:  # Eq. 4
                 token_loss = token_loss - (logps - behaviour_logps[rows]).exp() * advantages[rows]
             loss = (token_loss * m * c[rows]).sum()
             loss.backward()

@@ -116,8 +116,6 @@ FLAGS = {
     "unknown teacher field": ("opd", {"teacher-prompt": "{hint}"}, ["--teacher-prompt", "{prompt}"]),
     "broken teacher field": ("opd", {"teacher-prompt": "{prompt"}, ["--teacher-prompt"]),
     "attribute of a field": ("opd", {"teacher-prompt": "{prompt.x}"}, ["--teacher-prompt"]),
-    "no demonstrations": ("opd", {"task": "reasoning_gym:chain_sum", "cold-start-steps": 1, "off-policy": "data"},
-                          ["--off-policy"]),
     "resume without out": ("grpo", {"resume": True}, ["--resume", "--out"]),
     "resume of nothing": ("opd", {"resume": True, "out": "nowhere"}, ["--resume", "--out"]),
     "out under a file": ("grpo", {"out": "/etc/hostname/run"}, ["/etc/hostname/run", "--out"]),
