@@ -334,8 +334,8 @@ def main(config: Config) -> None:
         metrics |= {**stats.metrics(), **resources(clock, rollout), "opd/on_policy": float(on_policy)}
         if run.due(step, config.eval_every):
             metrics |= run.evaluate(step, engine, task)
-            gained, gap = metrics["eval/accuracy"] - state["start"], state["teacher"] - state["start"]
-            metrics |= {"opd/gap_recovered": gained / gap} if gap else {}
+            gained, whole = metrics["eval/accuracy"] - state["start"], state["teacher"] - state["start"]
+            metrics |= {"opd/gap_recovered": gained / whole} if whole else {}
         run.log(step, metrics, rollout)
         if run.due(step, config.save_every):
             run.save(step, **parts)

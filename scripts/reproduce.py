@@ -83,7 +83,8 @@ def plot(path: Path, title: str, curves: dict[str, list[list[tuple[int, float]]]
 def main(config: Config) -> None:
     unknown = [arm for arm in config.only if arm not in ARMS]
     require(not unknown, f"--only {unknown} is not known; choose from {', '.join(ARMS)}")
-    console, pairs = Console(), [(arm, seed) for seed in range(config.seeds) for arm in config.only]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    pairs = [(arm, seed) for seed in range(config.seeds) for arm in config.only]
     with ThreadPoolExecutor(config.jobs) as pool:
         jobs = [pool.submit(run, config, *pair) for pair in pairs]
         folders = {pair: job.result() for pair, job in zip(pairs, track(jobs, "runs", console=console), strict=True)}

@@ -461,7 +461,7 @@ def test_token_metrics_are_means_over_the_tokens_counted():
 @pytest.mark.parametrize(
     "flags",
     [
-        {"lmbda": 0.5},
+        {"lmbda": 0.5, "est": "k1_pg"},
         {"lmbda": 1.5, "est": "full"},
         {"beta": -0.1, "est": "full"},
         {"temperature": 0.0},
