@@ -54,7 +54,7 @@ class Run:
     def __init__(self, config: Any, method: str):
         self.config, self.method, self.start, self.seconds = config, method, time.monotonic(), 0.0
         self.console = Console(highlight=False)
-        self.folder = Path(config.out or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+        self.folder = Path(config.out or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
         flags = {"method": method, **dataclasses.asdict(config)}
         recorded = self.folder / "config.json"
         if config.resume:
@@ -209,12 +209,11 @@ def start_wandb(mode: str, folder: Path, flags: dict) -> Any:
 
 def plot(folder: Path, title: str, lines: list[dict]) -> None:
     """curve.png: reward of the training batches and held-out accuracy over the steps."""
-    import matplotlib
     import pandas
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
     columns = [key for key in ("train/reward", "eval/accuracy", "eval/pass_at_k") if any(key in line for line in lines)]
     frame = pandas.DataFrame(lines).set_index("step")[columns].interpolate(limit_area="inside")
-    frame.plot(title=title, grid=True, figsize=(7, 4)).figure.savefig(
-        folder / "curve.png", dpi=120, bbox_inches="tight"
-    )
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    frame.plot(ax=figure.subplots(), title=title, grid=True)
+    figure.savefig(folder / "curve.png", dpi=120)

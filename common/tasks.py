@@ -293,7 +293,7 @@ def make_reward(spec: str, task: Task) -> Callable[[Example, str], float]:
         return lambda example, completion: float(stable_hash(text_of(example), completion) % 2)
     path, _, name = spec.rpartition(":")
     found = path.endswith(".py") and Path(path).is_file()
-    require(found, f"--reward {spec!r} is neither task nor random nor file.py:function of a file in {Path.cwd()}")
+    require(found, f"--reward {spec!r}: give task, random, or path/to/file.py:function (no such file in {Path.cwd()})")
     module: dict[str, Any] = {"__name__": "user_reward"}
     try:
         exec(compile(Path(path).read_text(), path, "exec"), module)

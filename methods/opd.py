@@ -239,6 +239,7 @@ def main(config: Config) -> None:
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
     engine = ENGINES[config.rollout](policy, tokenizer)
     teacher_engine = HFEngine(teacher, teacher_tokenizer)
+    require(config.top_k <= vocab_size, f"--top-k {config.top_k} exceeds the vocabulary of {vocab_size} tokens")
     same_end = engine.stop_ids == teacher_engine.stop_ids
     require(same_end or config.mask_eos, "student and teacher end with different tokens: --mask-eos leaves them out")
     optimizer = Optimizer(policy, config)

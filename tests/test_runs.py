@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"grpo": grpo, "opd": opd}
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
-    "save-every": 2, "lr": 1e-3,
+    "save-every": 2, "lr": 1e-3, "warmup": 0,
 }  # fmt: skip
 LONG = {"steps": 14, "save-every": 6, "eval-every": 5}  # to be killed between 7 and 12
 KINDS = {
@@ -231,7 +231,7 @@ def test_without_out_a_fresh_folder_under_runs_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda *args: "20260101-120000")
     for _ in range(2):  # started within one second: neither may refuse
         grpo.main(grpo.Config(steps=1, prompts_per_step=2, group_size=2, eval_problems=2, eval_samples=1))
-    assert len(list((tmp_path / "runs").glob("grpo-addition-*/summary.json"))) == 2
+    assert len(list((tmp_path / "runs").glob("grpo-*/summary.json"))) == 2
 
 
 # --- kill and resume
