@@ -535,7 +535,7 @@ def outcome(folder):
     def get(method: str, name: str, value: str) -> str | list[dict]:
         module = METHODS[method]
         small = {"steps": 3, "prompts_per_step": 8, "group_size": 4, "eval_problems": 2, "eval_samples": 1}
-        given = {**small, "lr": 5e-4, "eval_every": 0, **WITH[method].get(name, {}), name: value}
+        given = {**small, "lr": 5e-4, "warmup": 0, "eval_every": 0, **WITH[method].get(name, {}), name: value}
         if name == "preset":
             given = {**given, **module.PRESETS[value], "preset": value}
         out = folder / "choices" / f"{method}-{name}-{value}"
