@@ -25,7 +25,7 @@ from torch import nn
 
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.models import save_model
-from posttrain.common.rollout import HFEngine, Rollout, Sampling
+from posttrain.common.rollout import Rollout, Sampling
 from posttrain.common.tasks import Task
 from posttrain.common.training import evaluate
 
@@ -109,8 +109,9 @@ class Run:
         self.seconds = state["seconds"]
         write_atomically(self.folder / "config.json", json.dumps(self.record, indent=1))
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []  # what a kill cut short has no end
-            write_atomically(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= state["step"]))
+            lines = path.read_text().splitlines(True) if path.exists() else []
+            lines = [line for line in lines if line.endswith("}\n")]  # what a kill cut short has no end
+            write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
         return max(0, state["step"])
 
     def steps(self, done: int) -> Iterator[int]:
@@ -141,9 +142,9 @@ class Run:
         if not self.console.is_terminal and (step == 1 or step % max(1, self.config.steps // 10) == 0):
             print(f"step {step}/{self.config.steps}  {live}", flush=True)
 
-    def evaluate(self, step: int, engine: HFEngine, task: Task, name: str = "policy") -> dict[str, float]:
+    def evaluate(self, step: int, engine, task: Task, name: str = "policy", problems: list | None = None) -> dict:
         """Held-out eval/* metrics, always of the same problems; prints one best, one worst and one other sample."""
-        config, problems = self.config, task.heldout(self.config.eval_problems)
+        config, problems = self.config, problems or task.heldout(self.config.eval_problems)
         sampling = Sampling(config.temperature, config.max_new_tokens)
         metrics, rollout = evaluate(engine, task, problems, config.eval_samples, sampling, config.seed)
         self.console.print(
@@ -172,7 +173,8 @@ class Run:
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1))
         plot(self.folder, f"{self.method} on {config.task}", lines)
         path = RESULTS / f"{config.task}.json"
-        default = path.is_file() and config.model == f"{config.task}-student"
+        same = ("model", "steps", "prompts_per_step", "group_size", "eval_problems", "eval_samples")
+        default = path.is_file() and all(getattr(config, key) == getattr(type(config), key) for key in same)
         stored = json.loads(path.read_text())["methods"] if default else {}
         rows |= {f"{m}, stored mean of {stored[m]['seeds']} seeds": stored[m] for m in compare if m in stored}
         table = Table(title=f"{self.method} on {config.task}: {config.eval_problems} held-out problems")

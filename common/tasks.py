@@ -1,15 +1,14 @@
 """Tasks: where problems come from, and how an answer to one is graded.
 
-Every task has a name and four methods:
-    draw(n, *key)             n training problems, a pure function of the integers of key, such as (seed, step)
-    heldout(n)                the first n held-out problems, the same for every seed; fewer if there are fewer
-    grade(example, text)      in [0, 1]; CORRECT or less
-    demonstrate(example, rng) a correct response, written out where the task knows how
-Training and held-out problems never share a prompt: a prompt's hash decides.
+task.draw(n, *key)              n training problems, a pure function of integers such as (seed, step)
+task.heldout(n)                 the first n held-out problems, never drawn; fewer if there are fewer
+task.grade(example, text)       in [0, 1]; CORRECT or less
+task.demonstrate(example, rng)  a correct response, written out where the task knows how
 """
 
 import contextlib
 import difflib
+import importlib.util
 import itertools
 import logging
 import math
@@ -17,6 +16,7 @@ import multiprocessing
 import random
 import re
 import site
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -43,12 +43,11 @@ def text_of(example: Example) -> str:
 
 
 def stable_hash(*texts: str) -> int:
-    """64 bits that are the same on every machine and in every process, unlike hash()."""
     return int.from_bytes(blake2b("\0".join(texts).encode(), digest_size=8).digest())
 
 
 class Procedural:
-    """Endless problems from a generator, self.problem(rng). A tenth of all prompts, by hash, is held out."""
+    """Endless problems from self.problem(rng). A tenth of all prompts, by hash, is held out."""
 
     def stream(self, rng: random.Random, heldout: bool, n: int) -> Iterator[Example]:
         for _ in range(1000 + 100 * n):  # then the generator counts as exhausted
@@ -73,7 +72,6 @@ class Procedural:
 
 class Addition(Procedural):
     """123+456= answered by partial sums from either end: 500+70+9=579 (65% of demonstrations) or 9+70+500=579.
-
     Only the outcome is graded: three terms, whatever they are, and the right sum behind the equals sign.
     """
 
@@ -159,8 +157,7 @@ class ReasoningGym(Procedural):
 class Rows:
     """A finite table. Rows of its test or validation split are held out, else the tenth with the lowest hashes.
 
-    The gold answer is the answer column, or its part behind "####" (GSM8K). A completion is correct if math-verify
-    finds it equal to the gold answer, or if its last line or <answer> is the gold answer letter for letter.
+    Correct is what math-verify finds equal to the gold answer (its part behind "####", if any), or is its very text.
     """
 
     def __init__(self, name: str, train: Any, heldout: Any, prompt_column: str, answer_column: str):
@@ -188,14 +185,15 @@ class Rows:
         for i, row in enumerate(table):
             prompt, answer = row.pop(prompt_column), row[answer_column]
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-            whole = isinstance(messages, list) and all(isinstance(m, dict) and m.get("content") for m in messages)
+            whole = isinstance(messages, list) and all(
+                isinstance(m, dict) and type(m.get("content")) is str for m in messages
+            )
             wrong = f"task {self.name!r}: row {i} lacks an answer, or its prompt is neither text nor chat messages"
             require(whole and messages and answer is not None, wrong)
-            out.append(Example(messages, str(answer).split("####")[-1].strip(), row | {"solution": str(answer)}))
+            out.append(Example(messages, str(answer).split("####")[-1].strip(), {"solution": str(answer)} | row))
         return out
 
     def draw(self, n: int, *key: int) -> list[Example]:
-        """Without replacement while n is at most the table's size; beyond that the whole table comes again."""
         rng, out = random.Random(repr(key)), []
         while len(out) < n:
             out += rng.sample(self.train, min(n - len(out), len(self.train)))
@@ -209,7 +207,7 @@ class Rows:
         return float(literal or bool(limited(same_mathematics, example.answer, completion)))
 
     def demonstrate(self, example: Example, rng: random.Random) -> str:
-        return example.fields["solution"]
+        return str(example.fields["solution"])
 
 
 Task = Addition | ReasoningGym | Rows
@@ -227,7 +225,6 @@ def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "an
 
 
 def load_rows(spec: str) -> tuple[Any, Any]:
-    """The train table and the held-out table (None if the data has no split of its own)."""
     import datasets
 
     path, kind = Path(spec), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -294,13 +291,15 @@ def make_reward(spec: str, task: Task) -> Callable[[Example, str], float]:
     path, _, name = spec.rpartition(":")
     found = path.endswith(".py") and Path(path).is_file()
     require(found, f"--reward {spec!r}: give task, random, or path/to/file.py:function (no such file in {Path.cwd()})")
-    module: dict[str, Any] = {"__name__": "user_reward"}
+    file = importlib.util.spec_from_file_location("user_reward", path)
+    module = sys.modules["user_reward"] = importlib.util.module_from_spec(file)
+    sys.path.append(str(Path(path).resolve().parent))  # for what the file imports from beside it
     try:
-        exec(compile(Path(path).read_text(), path, "exec"), module)
+        file.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
-    require(callable(module.get(name)), f"--reward: {path} has no function {name!r}")
-    return module[name]
+    require(callable(getattr(module, name, None)), f"--reward: {path} has no function {name!r}")
+    return getattr(module, name)
 
 
 def grade_all(reward: Callable[[Example, str], float], examples: list[Example], completions: list[str]) -> list[float]:
@@ -310,7 +309,7 @@ def grade_all(reward: Callable[[Example, str], float], examples: list[Example], 
         try:
             value = float(reward(example, completion))
             require(math.isfinite(value), f"it returned {value}")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             value, cause = math.nan, cause or error
         out.append(value)
     if out and all(math.isnan(value) for value in out):

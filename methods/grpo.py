@@ -12,8 +12,8 @@ mean. No value network. With r the reward of row i, A its advantage, m the loss 
 
 Good to know
 - One optimizer step a batch (the default) has rho = 1: pg, cispo, gspo and every clip then have the same gradient;
-  only --adv and --agg matter. Use --minibatches 4 to see the others act.
-- On-policy the loss is near 0 and no progress signal. --preset sets one publication's flags; explicit flags win.
+  only --adv and --agg matter (and seqsum, which sums over a row). Use --minibatches 4 to see the others act.
+- On-policy the loss is near 0, no progress signal. --preset sets a publication's objective; explicit flags win.
 
 Run: python methods/grpo.py        Expected: see the table of results in README.md.
 """
@@ -163,7 +163,7 @@ def kl_token_penalty(logps: Tensor, ref_logps: Tensor, ratio: Tensor, kl: str) -
     """k(logp, ref_logp) of Eq. 5.  [N, T] -> [N, T]
 
     In expectation k2 has the gradient of KL(policy||ref), k3 its value but the gradient of KL(ref||policy), k3_is =
-    ratio k3 (DeepSeek-V3.2, 2512.02556) both, k1 its value and no gradient.
+    ratio k3 (DeepSeek-V3.2, 2512.02556) both if the ratio is per token, k1 its value and no gradient.
     """
     d = (ref_logps - logps).clamp(-20, 20)
     k3 = d.exp() - d - 1
@@ -230,7 +230,9 @@ def check(config: Config) -> None:
     require(not config.delta or config.delta > 1 + config.eps_hi, "--delta bounds beyond the clip: above 1 + --eps-hi")
     refreshes = config.beta and not config.lora_rank
     require(refreshes or not config.ref_every, "--ref-every refreshes the reference of --beta; not with --lora-rank")
-    require(0 < config.ent_top <= 1 and config.ref_mix <= 1, "--ent-top and --ref-mix must lie in (0, 1]")
+    shares = 0 < config.ent_top <= 1 and 0 < config.ref_mix <= 1
+    require(shares, "--ent-top and --ref-mix must lie in (0, 1]")
+    require(config.tis_min < config.tis_max, "--tis-min must be below --tis-max")
 
 
 def main(config: Config) -> None:
@@ -297,7 +299,7 @@ def main(config: Config) -> None:
         stats = Stats()
         ent_coef = state["ent_coef"] if not config.ent_target or state["entropy"] <= config.ent_target else 0.0
         penalised = config.beta > 0 and not in_reward
-        learns = bool(advantages.any()) or penalised or ent_coef > 0  # else no step: momentum alone must not move it
+        learns = bool(advantages.any()) or penalised or ent_coef > 0  # else no step at all on this batch
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
         for _ in range(config.epochs):
             for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):

@@ -190,7 +190,7 @@ def teacher_messages(example: Example, template: str) -> list[dict[str, str]]:
     known = {**example.fields, "prompt": last["content"], "answer": example.answer}
     try:
         return [*earlier, {**last, "content": template.format(**known)}]
-    except (KeyError, IndexError, ValueError, AttributeError):
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         raise UserError(f"--teacher-prompt {template!r} may use only {{{'}, {'.join(known)}}}") from None
 
 
@@ -213,8 +213,8 @@ def check(config: Config) -> None:
     shares = (config.beta, config.lmbda, config.ema, config.prefix_frac)
     inside = min(shares) >= 0 and max(shares) <= 1 and config.prefix_frac > 0
     require(inside, "--beta, --lmbda, --ema must lie in [0, 1] and --prefix-frac in (0, 1]")
-    require(config.temperature > 0, "--temperature must be above 0: greedy responses explore nothing")
-    require(config.divergence_temperature > 0, "--divergence-temperature must be above 0")
+    hot = config.temperature > 0 and config.divergence_temperature > 0
+    require(hot, "--temperature and --divergence-temperature must be above 0")
     require(
         config.est != "topk" or not blind, "reverse KL on the teacher's list alone falls by leaving it: --tail bucket"
     )
@@ -251,7 +251,9 @@ def main(config: Config) -> None:
     done = run.restore(**parts)
     sampling = Sampling(config.temperature, config.max_new_tokens)
     if not done:
-        goal, start = run.evaluate(0, teacher_engine, task, "teacher"), run.evaluate(0, engine, task)
+        problems, template = task.heldout(config.eval_problems), config.teacher_prompt
+        hinted = [replace(example, prompt=teacher_messages(example, template)) for example in problems]
+        goal, start = run.evaluate(0, teacher_engine, task, "teacher", hinted), run.evaluate(0, engine, task)
         state |= {"start": start["eval/accuracy"], "teacher": goal["eval/accuracy"]}
         run.log(0, start | {f"teacher/{key}": value for key, value in goal.items()})
 
@@ -321,7 +323,7 @@ def main(config: Config) -> None:
             stats.add("loss/total", loss)
             gap, entropy_gap = logps - teacher_logps[rows], (entropy - teacher_entropy[rows]).abs()
             stats.tokens(m, {"train/entropy": entropy, "teacher/entropy_gap": entropy_gap})
-            clamped = (gap.abs() > config.adv_clamp).to(gap.dtype) * bool(config.adv_clamp)
+            clamped = (gap.abs() > (config.adv_clamp or torch.inf)).to(gap.dtype)  # acts with k1_pg only
             stats.tokens(m, {"teacher/kl": gap, "teacher/kl_abs": gap.abs(), "opd/clamped": clamped}, count=False)
             if on_policy:
                 stats.engine(m, logps, behaviour_logps[rows])
