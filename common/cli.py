@@ -37,7 +37,6 @@ POSITIVE |= {"max_grad_norm", "group_size", "minibatches", "epochs", "top_k", "r
 
 
 def check_ranges(config: Any) -> None:
-    """Every number is finite and not negative, and those that count or scale something are above 0."""
     for flag, value in vars(config).items():
         if type(value) in (int, float):
             least = sys.float_info.min if flag in POSITIVE else 0

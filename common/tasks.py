@@ -185,11 +185,10 @@ class Rows:
         for i, row in enumerate(table):
             prompt, answer = row.pop(prompt_column), row[answer_column]
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-            whole = isinstance(messages, list) and all(
-                isinstance(m, dict) and type(m.get("content")) is str for m in messages
-            )
+            turns = messages if isinstance(messages, list) else []
+            texts = [turn.get("content") if isinstance(turn, dict) else None for turn in turns]
             wrong = f"task {self.name!r}: row {i} lacks an answer, or its prompt is neither text nor chat messages"
-            require(whole and messages and answer is not None, wrong)
+            require(texts and all(type(t) is str and t for t in texts) and answer is not None, wrong)
             out.append(Example(messages, str(answer).split("####")[-1].strip(), {"solution": str(answer)} | row))
         return out
 
