@@ -16,9 +16,10 @@ from posttrain.kernels.logprob import linear_token_logp
 
 def lm_head(model: nn.Module) -> dict[str, Any]:
     """The LM head as arguments of `kernels/`: weight [V, H], bias [V] or None, softcap or None (Gemma-2)."""
-    head = plain(model).get_output_embeddings()
+    head, dtype = plain(model).get_output_embeddings(), getattr(model, "autocast_dtype", None)
+    weight = head.weight.to(dtype or head.weight.dtype)  # as autocast would; the logits are fp32 all the same
     softcap = getattr(plain(model).config, "final_logit_softcapping", None)
-    return {"weight": head.weight, "bias": getattr(head, "bias", None), "softcap": softcap}
+    return {"weight": weight, "bias": getattr(head, "bias", None), "softcap": softcap}
 
 
 def sampled_hidden(model: nn.Module, rollout: Rollout) -> Tensor:
@@ -34,7 +35,8 @@ def sampled_hidden(model: nn.Module, rollout: Rollout) -> Tensor:
     hidden = hidden[:, :-1][sampled[:, 1:]]  # the only shift in the project: position t-1 predicts token t
     config = plain(model).config
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    return hidden * scale  # Cohere multiplies its logits, Granite divides them
+    hidden = hidden * scale  # Cohere multiplies its logits, Granite divides them
+    return hidden.to(getattr(model, "autocast_dtype", None) or hidden.dtype)
 
 
 def scatter(values: Tensor, rollout: Rollout) -> Tensor:

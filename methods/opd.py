@@ -41,8 +41,9 @@ from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, score, token_logps
 from posttrain.common.tasks import Example, Task, grade_all, make_reward, make_task
 from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
-from posttrain.kernels.divergence import Tail, linear_divergence, linear_topk_divergence
-from posttrain.kernels.logprob import linear_gather_logp, linear_topk_logp
+from posttrain.kernels.divergence import linear_divergence
+from posttrain.kernels.logprob import linear_topk_logp
+from posttrain.kernels.topk import Tail, linear_topk_divergence
 
 
 @dataclass
@@ -177,7 +178,7 @@ def teacher_divergence(policy, hidden: Tensor, teacher, teacher_hidden: Tensor, 
         if config.support != "teacher":
             new = student_ids.masked_fill(known, -1)
             ids = student_ids if config.support == "student" else torch.cat([ids, new], -1)
-            logps = linear_gather_logp(teacher_hidden, ids=ids, **theirs, **shared)
+            _, logps = linear_topk_logp(teacher_hidden, ids=ids, **theirs, **shared)
     divergence = linear_topk_divergence(
         hidden, topk_ids=ids, topk_logprobs=logps, kind=kind, beta=config.beta, tail=config.tail, **ours, **shared
     )
