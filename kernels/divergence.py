@@ -49,7 +49,9 @@ def value_and_slope(logp, p, logq, q, kind: str, beta: float, whole: bool = True
     if kind == "forward_kl":
         d = torch.linalg.vecdot(q, gap(q, logq, logp))
         return d, (p if whole else p * q.sum(-1, keepdim=True)) - q
-    log_b = logq if kind == "reverse_kl" else (beta * q).add_(p, alpha=1 - beta).log_()
+    log_b = logq
+    if kind == "jsd":  # of the mixture; where both have underflowed, anything finite
+        log_b = (beta * q).add_(p, alpha=1 - beta).clamp_(min=torch.finfo(p.dtype).tiny).log_()
     over_p = gap(p, logp, log_b)
     d = inner = torch.linalg.vecdot(p, over_p)
     if kind == "jsd":

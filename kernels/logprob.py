@@ -41,7 +41,8 @@ def capped(logits: Tensor, softcap: float | None) -> Tensor:
 
 def cap_slope(logits: Tensor, softcap: float | None, temperature: float) -> Tensor | float:
     """du/da, the last factors of da."""
-    return (1 - torch.tanh(logits / softcap) ** 2) / temperature if softcap else 1 / temperature
+    c = logits if logits.dtype == torch.float64 else logits.float()
+    return (1 - torch.tanh(c / softcap) ** 2) / temperature if softcap else 1 / temperature
 
 
 def row_stats_torch(logits: Tensor, ids: Tensor, temperature: float, softcap: float | None, entropy: bool = True):
@@ -99,7 +100,8 @@ def online(m, s, w, c, temperature):
     r = tl.where(m == -float("inf"), 0.0, tl.exp(d))
     u = (c - base) / temperature
     e = tl.exp(u)
-    return m_new, r * s + tl.sum(e, 0), r * (w + d * s) + tl.sum(tl.where(e > 0, e * u, 0.0), 0)
+    w = r * w + tl.where(r > 0, r * d * s, 0.0)  # d may be -inf
+    return m_new, r * s + tl.sum(e, 0), w + tl.sum(tl.where(e > 0, e * u, 0.0), 0)
 
 
 @jit

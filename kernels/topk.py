@@ -68,7 +68,8 @@ class TopkDivergence:
         """D [R], and dD/dx of the listed tokens and of the rest [R, K + 1].  c listed logits; m, log_s of the rest"""
         top = torch.maximum(m, c.amax(-1))[:, None]
         rest = torch.where(log_s == -torch.inf, log_s, (m - top[:, 0]) / self.temperature + log_s)[:, None]
-        logp, logq = (c - top) / self.temperature, self.logq[rows].to(c.dtype).masked_fill(c == -torch.inf, -torch.inf)
+        logp = (c - top) / self.temperature
+        logq = self.logq[rows].to(c.dtype).masked_fill(self.ids[rows] < 0, -torch.inf)
         log_all = torch.cat([logp, rest], -1).logsumexp(-1, keepdim=True)
         if self.tail == "renorm":
             logp, logq = logp.log_softmax(-1), logq.log_softmax(-1)
