@@ -291,9 +291,7 @@ def main(config: Config) -> None:
             logps, _ = score(teacher, seen[rows], config.micro_batch_tokens, heat, vocab_size)
             teacher_logps[rows] = carry(logps, seen[rows], rollout[rows])
         finite = bool(teacher_logps.isfinite().all())  # a failed teacher must not pass for a certain one
-        require(
-            finite, f"step {step}: the teacher gave log-probs that are not finite; check it, or try --dtype float32"
-        )
+        require(finite, f"step {step}: the teacher's log-probs are not finite; choose another, or --dtype float32")
         clock.append(time.perf_counter())
 
         # --- weigh

@@ -651,6 +651,22 @@ def test_a_row_whose_reward_raises_takes_no_path(spy, tmp_path):
     assert unscored.any() and got["scored"] == int((got["rollout"].reward == 0).sum()) < int((~unscored).sum())
 
 
+def test_a_response_without_tokens_takes_no_path(spy, tmp_path, monkeypatch):
+    """With --mask-eos, a response of the end token alone: its perplexity would be 1, and win."""
+
+    class Mute(HFEngine):
+        def _decode(self, prompts, n, sampling, u):
+            ids, logps = super()._decode(prompts, n, sampling, u)
+            return [self.stop_ids[:1], *ids[1:]], [[-1.0], *logps[1:]]
+
+    monkeypatch.setitem(scope_opd.ENGINES, "hf", Mute)
+    for masked in (True, False):
+        got = spy(tmp_path / f"{masked}", mask_eos=masked)
+        assert got["rollout"].reward[0] == 0 and got["rollout"].loss_mask[0].sum() == 1
+        assert got["scored"] == int((got["rollout"].reward == 0).sum()) - masked
+        assert all(g.isfinite().all() for g in got["gradients"])
+
+
 def test_a_group_of_one_runs_with_weights_of_one(spy, tmp_path):
     spy(tmp_path / "run", group_size=1, prompts_per_step=24)
     row = lines(tmp_path / "run")[1]
