@@ -60,7 +60,7 @@ class Config:
     only: tuple[str, ...] = ()  # its arms to run; empty = all
     seeds: int = 3  # runs of each arm, seeds 0, 1, ...
     jobs: int = 2  # runs at a time, one thread each
-    eval_every: int = 10  # steps between points of the curves
+    eval_every: int = 20  # steps between points of the curves
     target: float = 0.45  # held-out accuracy whose first step is reported
     folder: str = "runs/reproduce"  # of the run folders
     out: str = str(RESULTS)  # folder of the stored results
