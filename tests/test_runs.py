@@ -416,6 +416,18 @@ def test_micro_batches_change_nothing(method, given, tmp_path):
         torch.testing.assert_close(x[key], y[key], atol=1e-5, rtol=1e-5)
 
 
+# --- learning
+
+LEARNS = {"scope_opd": 0.04}  # least gain of Avg@8 in 50 steps of the default; seeds 0 to 4 gained 0.080 to 0.116
+
+
+@pytest.mark.parametrize("method", LEARNS)
+def test_the_default_learns_by_far_more_than_seeds_differ(method, tmp_path):
+    METHODS[method].main(METHODS[method].Config(steps=50, eval_every=0, out=str(tmp_path / "run")))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["accuracy_after"] - summary["accuracy_before"] > LEARNS[method]
+
+
 # --- options
 
 
