@@ -86,7 +86,7 @@ def diversity(model: str, task_name: str) -> dict[str, float]:
     """Of the correct among 16 samples to each of 128 held-out problems: which of the task's routes did they take?
 
     route_entropy in nats, mean over problems; two_routes = chance that two correct samples to one problem took
-    different routes, an estimate without bias in their number.
+    different routes, an estimate without bias in their number. 0 if no problem has two correct samples.
     """
     task, tokenizer, entropies, differ = make_task(task_name), load_tokenizer(model), [], []
     if not hasattr(task, "route"):
@@ -101,7 +101,7 @@ def diversity(model: str, task_name: str) -> dict[str, float]:
         if n > 1:
             entropies.append(-sum(k / n * math.log(k / n) for k in counts))
             differ.append(1 - sum(k * (k - 1) for k in counts) / (n * (n - 1)))
-    return {"route_entropy": statistics.mean(entropies), "two_routes": statistics.mean(differ)}
+    return {"route_entropy": statistics.mean(entropies or [0.0]), "two_routes": statistics.mean(differ or [0.0])}
 
 
 def plot(path: Path, title: str, curves: dict[str, list[list[tuple[int, float]]]]) -> None:
