@@ -161,9 +161,9 @@ class HFEngine:
         self.batch_tokens = batch_tokens  # rows x tokens whose key-value cache may exist at one time
 
     @torch.no_grad()
-    def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple[int, ...]) -> Rollout:
-        """n responses to each example, group after group. Reproducible in key, for example (seed, step)."""
-        prompts = [encode(self.tokenizer, example.prompt) for example in examples]
+    def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple, starts: list = ()) -> Rollout:
+        """n responses to each example, or to its ids in starts; reproducible in key, for example (seed, step)."""
+        prompts = list(starts) or [encode(self.tokenizer, example.prompt) for example in examples]
         longest = max(map(len, prompts)) + sampling.max_new_tokens
         limit = getattr(plain(self.model).config, "max_position_embeddings", None) or longest
         fits = (

@@ -13,10 +13,10 @@ import torch
 
 from posttrain.common.cli import cli
 from posttrain.common.models import TINY
-from posttrain.methods import grpo, opd
+from posttrain.methods import grpo, opd, scope_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd}
+METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd}
 SMALL = {"steps": 2, "prompts-per-step": 2, "group-size": 2, "eval-problems": 2, "eval-samples": 1, "max-new-tokens": 8}
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "question": f"{i}?"} for i in range(30)]
 
@@ -107,6 +107,15 @@ FLAGS = {
     "temperature nan": ("grpo", {"temperature": "nan"}, ["--temperature"]),
     "temperature inf": ("grpo", {"temperature": "inf"}, ["--temperature"]),
     "off-policy k1": ("opd", {"lmbda": 0.5, "est": "k1_pg"}, ["--lmbda", "--est"]),
+    "unknown teacher, scope": ("scope_opd", {"teacher": "adition-teacher"}, ["adition-teacher", "addition-teacher"]),
+    "temperature 0, scope": ("scope_opd", {"temperature": 0}, ["--temperature"]),
+    "unknown weights": ("scope_opd", {"student-weights": "positive"}, ["positive", "opposite"]),
+    "weights without weighting": ("scope_opd", {"weighting": "none", "tau": 2}, ["--weighting", "--tau"]),
+    "weights without routing": ("scope_opd", {"routing": "none", "weight-scale": "mean1"}, ["--routing"]),
+    "reduction of the repo": ("scope_opd", {"objective": "repo", "reduction": "token_mean"}, ["--reduction"]),
+    "KL over one token": ("scope_opd", {"kl": "topk", "top-k": 1}, ["--top-k"]),
+    "KL over too many": ("scope_opd", {"kl": "topk", "top-k": 500}, ["--top-k", "98"]),
+    "too few to probe": ("scope_opd", {"recovery-probe": 1, "group-size": 1}, ["--recovery-probe"]),
     "no such device": ("grpo", {"device": "cuda:7"}, ["cuda:7", "--device cpu"]),
     "not a device": ("opd", {"device": "gpu"}, ["gpu", "--device cpu"]),
     "too long": ("grpo", {"max-new-tokens": 5000}, ["--max-new-tokens"]),
@@ -131,11 +140,12 @@ FLAGS |= {f"--{k} {v}": ("grpo", {k: v}, [f"--{k}"]) for k, values in NEGATIVE.i
 OWN = {
     "grpo": {"minibatches": 0, "epochs": 0, "ent-top": 0, "beta": -1, "overlong": -1, "dynamic-sampling": -1},
     "opd": {"top-k": 0, "prefix-frac": 0, "divergence-temperature": 0, "beta": 2, "lmbda": -1, "ema": 2},
+    "scope_opd": {"tau": 0, "teacher-temperature": -1, "top-k": 0, "recovery-probe": -1},
 }
 TOPK = {"top-k", "divergence-temperature"}
 for _method, _own in OWN.items():
     for _key, _value in _own.items():
-        _given = {_key: _value} | ({"est": "topk"} if _key in TOPK else {})
+        _given = {_key: _value} | ({"est": "topk"} if _key in TOPK and _method == "opd" else {})
         FLAGS[f"{_method} --{_key} {_value}"] = (_method, _given, [f"--{_key}"])
 
 
@@ -271,10 +281,22 @@ def foreign(tmp_path_factory):
     return folder
 
 
-def test_different_vocabularies_are_one_line(run, foreign):
-    code, stderr = run("opd", {"teacher": foreign, "out": "run"})
+@pytest.mark.parametrize("method", ["opd", "scope_opd"])
+def test_different_vocabularies_are_one_line(run, foreign, method):
+    code, stderr = run(method, {"teacher": foreign, "out": "run"})
     one_line(stderr, "vocabular", "'3'")
     assert code == 2
+
+
+def test_a_teacher_that_ends_otherwise_is_one_line_and_mended_by_mask_eos(run, tmp_path):
+    folder = shutil.copytree(TINY / "addition-teacher", tmp_path / "teacher")
+    ends = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**ends, "eos_token_id": [5, ends["eos_token_id"]]}))
+    code, stderr = run("scope_opd", {"teacher": folder, "out": "run"})
+    one_line(stderr, "end", "--mask-eos")
+    assert code == 2
+    code, stderr = run("scope_opd", {"teacher": folder, "out": "run", "mask-eos": True})
+    assert code == 0, stderr
 
 
 # --- run folders

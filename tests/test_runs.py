@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.common.cli import UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
-from posttrain.methods import grpo, opd
+from posttrain.methods import grpo, opd, scope_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd}
+METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd}
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
     "save-every": 2, "lr": 1e-3, "warmup": 0,
@@ -41,13 +41,18 @@ KINDS = {
     "grpo, all state": ("grpo", {"minibatches": 2, "beta": 0.1, "ref-every": 2, "ref-mix": 0.5, "ent-target": 0.3}),
     "opd": ("opd", {}),
     "opd, ema": ("opd", {"teacher": "self", "teacher-sync": "ema", "est": "full", "beta": 0.5}),
+    "scope_opd": ("scope_opd", {}),
 }
 TABLE = {  # style.md, Metrics
     "train/reward", "train/accuracy", "train/zero_signal", "train/length", "train/truncated", "train/entropy",
     "loss/total", "engine/logp_gap", "engine/ratio_max", "optim/lr", "optim/grad_norm", "optim/skipped",
     "time/sample", "time/score", "time/update", "time/tokens_per_second",
 }  # fmt: skip
-OWN = {"grpo": {"policy/kl_old", "policy/clip_low", "policy/clip_high"}, "opd": {"teacher/kl"}}
+OWN = {
+    "grpo": {"policy/kl_old", "policy/clip_low", "policy/clip_high"},
+    "opd": {"teacher/kl"},
+    "scope_opd": {"teacher/kl", "loss/mle", "loss/opd", "scope/mixed", "scope/mle_ess", "scope/opd_ess"},
+}
 EVAL = {"eval/accuracy", "eval/pass_at_k"}
 
 
@@ -164,7 +169,7 @@ def test_metrics_have_one_line_a_step_with_the_same_keys(whole, method):
         assert row.keys() >= TABLE | OWN[method], f"step {row['step']} lacks {(TABLE | OWN[method]) - row.keys()}"
         known = {"step", *TABLE, *OWN[method]}
         levels = {key.split("/")[0] for key in row.keys() - known}
-        assert levels <= {"loss", "policy", "teacher", "memory", "eval", method}
+        assert levels <= {"loss", "policy", "teacher", "memory", "eval", method.split("_")[0]}
         assert (row.keys() >= EVAL) == (row["step"] in (5, 10, 14)) and all(map(math.isfinite, row.values()))
         assert row["engine/logp_gap"] < 1e-4 and abs(row["engine/ratio_max"] - 1) < 1e-3
         assert row["optim/skipped"] == 0 and 0 <= row["train/accuracy"] <= 1
@@ -172,8 +177,9 @@ def test_metrics_have_one_line_a_step_with_the_same_keys(whole, method):
 
 
 def test_metrics_of_the_methods_differ_only_in_their_own(whole):
-    a, b = (lines(whole(method))[1].keys() for method in METHODS)
-    assert {key.split("/")[0] for key in a ^ b} <= {"grpo", "opd", "loss", "policy", "teacher"}
+    keys = [lines(whole(method))[1].keys() for method in METHODS]
+    own = {method.split("_")[0] for method in METHODS} | {"loss", "policy", "teacher"}
+    assert {key.split("/")[0] for key in set.union(*map(set, keys)) - set.intersection(*map(set, keys))} <= own
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -218,7 +224,7 @@ def test_terminal_shows_before_after_and_the_folder(whole):
         said = (whole(method).parent / f"{method}.txt").read_text()
         for word in ("before", "after", "Avg@2", "Pass@2", "greedy", str(whole(method)), "curve.png", "best", "worst"):
             assert word in said
-        assert ("teacher" in said) == (method == "opd") and "Warning" not in said
+        assert ("teacher" in said) == (method != "grpo") and "Warning" not in said
 
 
 def test_a_teacher_of_the_same_size_is_measured_before_training(whole):
@@ -343,6 +349,8 @@ RESUMED = {
     "opd lora": ("opd", {"lora-rank": 4}),
     "opd self, live, lora": ("opd", {"lora-rank": 4, "teacher": "self", "teacher-sync": "live", "task-coef": 1.0}),
     "opd off-policy": ("opd", {"lmbda": 0.5, "est": "topk", "support": "union"}),
+    "scope_opd lora": ("scope_opd", {"lora-rank": 4, "kl": "full"}),
+    "scope_opd repo": ("scope_opd", {"objective": "repo", "weight-scale": "mean1"}),
     "opd data, cold start": ("opd", {"lmbda": 0.5, "est": "full", "off-policy": "data", "cold-start-steps": 2}),
 }
 
@@ -393,6 +401,7 @@ ACCUMULATED = [
     ("grpo", {}), ("grpo", {"agg": "seq", "beta": 0.1, "ent-coef": 0.01, "minibatches": 2, "tis": "seq_truncate"}),
     ("opd", {}), ("opd", {"est": "full", "beta": 0.3, "agg": "seq"}), ("opd", {"est": "topk", "agg": "const"}),
     ("opd", {"est": "k3_k2", "agg": "sum", "prefix-frac": 0.5}), ("opd", {"cold-start-steps": 4}),
+    ("scope_opd", {}), ("scope_opd", {"objective": "repo"}), ("scope_opd", {"kl": "topk", "reduction": "token_mean"}),
 ]  # fmt: skip
 
 
@@ -405,6 +414,18 @@ def test_micro_batches_change_nothing(method, given, tmp_path):
     x, y = weights(small), weights(large)
     for key in x:
         torch.testing.assert_close(x[key], y[key], atol=1e-5, rtol=1e-5)
+
+
+# --- learning
+
+LEARNS = {"scope_opd": 0.04}  # least gain of Avg@8 in 50 steps of the default; seeds 0 to 4 gained 0.080 to 0.116
+
+
+@pytest.mark.parametrize("method", LEARNS)
+def test_the_default_learns_by_far_more_than_seeds_differ(method, tmp_path):
+    METHODS[method].main(METHODS[method].Config(steps=50, eval_every=0, out=str(tmp_path / "run")))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["accuracy_after"] - summary["accuracy_before"] > LEARNS[method]
 
 
 # --- options
@@ -515,6 +536,7 @@ WITH = {  # flags under which a choice has anything to choose
     "opd": {"support": {"est": "topk", "top_k": 2, "beta": 0.5}, "tail": {"est": "topk", "top_k": 2, "beta": 0.5},
             "off_policy": {"est": "full", "lmbda": 0.0},
             "teacher_sync": {"teacher": "self", "est": "full", "beta": 0.5, "lr": 0.01, "ema": 0.3}},
+    "scope_opd": {"kl": {"top_k": 2}, "student_weights": {"group_size": 16}},
 }  # fmt: skip
 
 
@@ -595,6 +617,10 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("opd", {"est": "topk", "top_k": 98}), ("opd", {"est": "topk", "top_k": 500, "support": "union"}),
     ("opd", {"lora_rank": 4, "est": "full", "dtype": "bfloat16"}), ("opd", {"lmbda": 0.0, "est": "full"}),
     ("opd", {"discount": 0.95, "discount_mean": True, "position_weight": 0.5, "prefix_frac": 0.3}),
+    ("scope_opd", {"group_size": 1, "objective": "repo"}), ("scope_opd", {"drop_truncated": True, "max_new_tokens": 3}),
+    ("scope_opd", {"mask_eos": True, "max_new_tokens": 1}), ("scope_opd", {"kl": "topk", "top_k": 98, "tau": 1e-6}),
+    ("scope_opd", {"lora_rank": 4, "kl": "full", "dtype": "bfloat16"}), ("scope_opd", {"kl": "topk", "top_k": 500}),
+    ("scope_opd", {"temperature": 0.6, "teacher_temperature": 1.0, "kl": "k3", "objective": "repo"}),
 ]  # fmt: skip
 
 
