@@ -44,8 +44,9 @@ from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, score, token_logps
 from posttrain.common.tasks import CORRECT, Task, grade_all, make_reward, make_task
 from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
-from posttrain.kernels.divergence import linear_divergence, linear_topk_divergence
+from posttrain.kernels.divergence import linear_divergence
 from posttrain.kernels.logprob import linear_topk_logp
+from posttrain.kernels.topk import linear_topk_divergence
 
 Weights = Literal["paper", "uniform", "opposite"]
 

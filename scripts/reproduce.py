@@ -45,9 +45,6 @@ STUDIES = {
         "opd-k1-g1": ["opd.py", "--est", "k1_pg", "--lr", "3e-4", "--group-size", "1"],  # as the paper has it
         "opd-k1": ["opd.py", "--est", "k1_pg", "--lr", "3e-4"],  # the same estimator and rollouts as SCOPE
         "scope": ["scope_opd.py"],
-        "scope-unweighted": ["scope_opd.py", "--weighting", "none"],
-        "scope-opposite": ["scope_opd.py", "--student-weights", "opposite"],
-        "scope-repo": ["scope_opd.py", "--objective", "repo", "--weight-scale", "mean1"],
         "opd": ["opd.py"],
         "scope-full": ["scope_opd.py", "--kl", "full", "--lr", "5e-4"],
     },

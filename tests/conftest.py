@@ -10,6 +10,7 @@ import posttrain  # noqa: E402, F401
 
 sys.path.remove(str(ROOT / "methods"))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", WANDB_SILENT="true")
+os.environ["TRITON_INTERPRET"] = "1"  # @triton.jit looks at it while kernels/ is imported; without effect on torch
 
 import torch  # noqa: E402
 

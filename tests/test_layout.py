@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HELPER = "posttrain.py"
 METHODS = sorted(path for path in (ROOT / "methods").glob("*.py") if path.name != HELPER)
 SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.name != HELPER)
+REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "requirements-bench.txt"]
 COMMON, KERNELS = sorted((ROOT / "common").glob("*.py")), sorted((ROOT / "kernels").glob("*.py"))
 SHARED = "--model --task --steps --prompts-per-step --group-size --max-new-tokens --temperature --lr --seed --rollout "
 SHARED += "--device --dtype --lora-rank --micro-batch-tokens --eval-every --save-every --resume --out --wandb"
@@ -210,27 +211,30 @@ def test_common_is_thin():
 
 
 def test_nothing_else_is_visible_at_the_top():
-    house = {"methods", "common", "kernels", "scripts", "tests", "requirements.txt", "README.md", "pyproject.toml"}
+    house = {"methods", "common", "kernels", "scripts", "tests", "README.md", "pyproject.toml"}
+    house |= {path.name for path in REQUIREMENTS}
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
     there = {name.split("/")[0] for name in tracked.splitlines()}
     assert {name for name in there if not name.startswith(".")} <= house
 
 
-def test_requirements_are_pinned_exactly():
-    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+@pytest.mark.parametrize("path", REQUIREMENTS, ids=ids(REQUIREMENTS))
+def test_requirements_are_pinned_exactly(path):
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
     lines = [line for line in lines if line]
     assert lines
     for line in lines:
-        assert re.fullmatch(r"[A-Za-z0-9_.-]+(\[[\w,-]+\])?==\d+(\.\d+)+(\+\w+)?(\s*;.*)?", line), line
+        assert re.fullmatch(r"[A-Za-z0-9_.-]+(\[[\w,-]+\])?==\d+(\.\d+)+(\.post\d+)?(\+\w+)?(\s*;.*)?", line), line
     names = [re.split(r"[=\[]", line)[0].lower() for line in lines]
     assert len(names) == len(set(names))
 
 
 def test_every_third_party_import_is_in_requirements():
-    pinned = (ROOT / "requirements.txt").read_text().lower()
+    pinned = "\n".join(path.read_text() for path in REQUIREMENTS).lower()
     files = METHODS + COMMON + KERNELS + SCRIPTS + sorted((ROOT / "tests").glob("*.py"))
     used = set().union(*map(top, files)) - sys.stdlib_module_names - {"posttrain"}
-    implied = {"yaml", "vllm", "PIL"}  # transformers needs PyYAML, matplotlib needs Pillow; vLLM has its own file
+    # PyYAML, Pillow and POT are imported by other names; vLLM and verl are installed apart.
+    implied = {"yaml", "PIL", "ot", "vllm", "verl"}
     missing = {name for name in used - implied if not re.search(rf"^{name.replace('_', '[-_]')}==", pinned, re.M)}
     assert not missing
 
