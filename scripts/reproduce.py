@@ -1,9 +1,10 @@
 """Methods against each other on the embedded default, with several seeds; the stored results come from here.
 
-Each run is a process of its own with a run folder of its own, so that a stopped call goes on where it was. The table
-and the plot are made from the runs' metrics.jsonl and summary.json and nothing else.
+Each run is a process of its own with a run folder of its own, so that a stopped call goes on where it was and studies
+share their runs. The table and the plot are made from the runs' files and their final models, and nothing else.
 
-Run: python scripts/reproduce.py --seeds 3            (about 1 minute a run on one core)
+Run: python scripts/reproduce.py --seeds 3                    (about 2 minutes a run on one core)
+     python scripts/reproduce.py --study scope --seeds 5
 """
 
 import json
@@ -11,31 +12,64 @@ import math
 import statistics
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from posttrain.common.cli import cli, require
+from posttrain.common.models import load_model, load_tokenizer
+from posttrain.common.rollout import HFEngine, Sampling
 from posttrain.common.run import EVAL_KEYS, RESULTS, versions, write_atomically
+from posttrain.common.tasks import CORRECT, make_task
 
 METHODS = Path(__file__).resolve().parents[1] / "methods"
-ARMS = {
-    "grpo": ["grpo.py"],
-    "opd": ["opd.py"],
-    "opd-k1": ["opd.py", "--est", "k1_pg", "--lr", "3e-4"],
-    "sft-teacher": ["opd.py", "--cold-start-steps", "1000000", "--lr", "1e-3"],
-    "grpo-random": ["grpo.py", "--reward", "random"],
+PLAIN = ["--margin", "none", "--online-balance", "none"]
+EQUAL = ["--steps", "120", "--prompts-per-step", "8", "--group-size", "16"]  # uni_opd.py's
+# study -> arm -> script and flags. An arm's name means one command in all studies.
+STUDIES = {
+    "addition": {
+        "grpo": ["grpo.py"],
+        "opd": ["opd.py"],
+        "opd-k1": ["opd.py", "--est", "k1_pg", "--lr", "3e-4"],
+        "scope": ["scope_opd.py"],
+        "sft-teacher": ["opd.py", "--cold-start-steps", "1000000", "--lr", "1e-3"],
+        "grpo-random": ["grpo.py", "--reward", "random"],
+    },
+    "scope": {
+        "grpo": ["grpo.py"],
+        "opd-k1-g1": ["opd.py", "--est", "k1_pg", "--lr", "3e-4", "--group-size", "1"],  # as the paper has it
+        "opd-k1": ["opd.py", "--est", "k1_pg", "--lr", "3e-4"],  # the same estimator and rollouts as SCOPE
+        "scope": ["scope_opd.py"],
+        "scope-unweighted": ["scope_opd.py", "--weighting", "none"],
+        "scope-opposite": ["scope_opd.py", "--student-weights", "opposite"],
+        "scope-repo": ["scope_opd.py", "--objective", "repo", "--weight-scale", "mean1"],
+        "opd": ["opd.py"],
+        "scope-full": ["scope_opd.py", "--kl", "full", "--lr", "5e-4"],
+    },
+    "arithmetic": {  # Uni-OPD: all arms with the same number of rollouts
+        "uni-opd": ["uni_opd.py"],
+        "uni-opd-delta-0.4": ["uni_opd.py", "--margin-delta", "0.4"],  # as the paper has it
+        "uni-opd-mask": ["uni_opd.py", "--margin", "mask"],
+        "balance-only": ["uni_opd.py", "--margin", "none"],
+        "multi-opd": ["uni_opd.py", *PLAIN],  # each prompt scored by its domain's teacher, nothing else
+        "multi-opd-average": ["uni_opd.py", *PLAIN, "--routing", "average"],  # each prompt scored by both
+        "multi-opd-task": ["uni_opd.py", *PLAIN, "--task-coef", "1"],  # the control: an outcome reward, uncalibrated
+        "grpo-arithmetic": ["grpo.py", "--model", "arithmetic-student", "--task", "arithmetic", *EQUAL],
+    },
 }
 
 
 @dataclass
 class Config:
-    task: str = "addition"  # the embedded default to run on
-    only: tuple[str, ...] = tuple(ARMS)  # arms to run
+    study: Literal[tuple(STUDIES)] = "addition"  # a set of arms, see STUDIES
+    only: tuple[str, ...] = ()  # its arms to run; empty = all
     seeds: int = 3  # runs of each arm, seeds 0, 1, ...
     jobs: int = 2  # runs at a time, one thread each
     eval_every: int = 10  # steps between points of the curves
@@ -46,14 +80,12 @@ class Config:
 
 def run(config: Config, arm: str, seed: int) -> Path:
     """One training run, skipped if it is complete and continued if it was stopped."""
-    folder = Path(config.folder) / f"{config.task}-{arm}-{seed}"
+    folder = Path(config.folder) / f"{arm}-{seed}"
     if not (folder / "summary.json").exists():
-        script, *flags = ARMS[arm]
+        script, *flags = STUDIES[config.study][arm]
         flags += ["--seed", str(seed), "--eval-every", str(config.eval_every), "--out", str(folder)]
         flags += ["--resume"] if (folder / "config.json").exists() else []
-        done = subprocess.run(
-            [sys.executable, str(METHODS / script), "--task", config.task, *flags], capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, str(METHODS / script), *flags], capture_output=True, text=True)
         require(done.returncode == 0, f"{arm} with seed {seed} failed: {done.stderr.strip()[-300:]}")
     return folder
 
@@ -62,66 +94,97 @@ def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def diversity(model: str, task_name: str) -> dict[str, float]:
+    """Of the correct among 16 samples to each of 128 held-out problems: which of the task's routes did they take?
+
+    route_entropy in nats, mean over problems; two_routes = chance that two correct samples to one problem took
+    different routes, an estimate without bias in their number.
+    """
+    task, tokenizer, entropies, differ = make_task(task_name), load_tokenizer(model), [], []
+    if not hasattr(task, "route"):
+        return {}
+    engine = HFEngine(load_model(model, torch.device("cpu"), train=False), tokenizer)
+    rollout = engine.generate(task.heldout(128), 16, Sampling(), key=(0, 0, 1))
+    taken = defaultdict(list)
+    for example, text in zip(rollout.examples, rollout.texts, strict=True):
+        taken[example.prompt[-1]["content"]] += [task.route(text)] if task.grade(example, text) == CORRECT else []
+    for routes in taken.values():
+        counts, n = list(Counter(routes).values()), len(routes)
+        if n > 1:
+            entropies.append(-sum(k / n * math.log(k / n) for k in counts))
+            differ.append(1 - sum(k * (k - 1) for k in counts) / (n * (n - 1)))
+    return {"route_entropy": statistics.mean(entropies), "two_routes": statistics.mean(differ)}
+
+
 def plot(path: Path, title: str, curves: dict[str, list[list[tuple[int, float]]]]) -> None:
-    """Held-out accuracy over the steps, one colour an arm, one line a seed."""
-    import matplotlib
+    """Held-out accuracy over the steps: each arm's mean, and one standard deviation around it."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
     for i, (arm, seeds) in enumerate(curves.items()):
-        for j, points in enumerate(seeds):
-            axis.plot(*zip(*points, strict=True), color=f"C{i}", alpha=0.8, label=arm if j == 0 else None)
+        steps = [step for step, _ in seeds[0]]
+        values = [[accuracy for _, accuracy in at_step] for at_step in zip(*seeds, strict=True)]
+        means, spreads = [statistics.mean(v) for v in values], [spread(v) for v in values]
+        axis.plot(steps, means, color=f"C{i}", label=arm)
+        low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
+        axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
     axis.set(xlabel="step", ylabel="held-out accuracy", title=title)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def main(config: Config) -> None:
-    unknown = [arm for arm in config.only if arm not in ARMS]
-    require(not unknown, f"--only {unknown} is not known; choose from {', '.join(ARMS)}")
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    pairs = [(arm, seed) for seed in range(config.seeds) for arm in config.only]
+    arms = STUDIES[config.study]
+    unknown = [arm for arm in config.only if arm not in arms]
+    require(not unknown, f"--only {unknown} is not known; choose from {', '.join(arms)}")
+    arms = {arm: command for arm, command in arms.items() if arm in (config.only or arms)}
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    pairs = [(arm, seed) for seed in range(config.seeds) for arm in arms]
     with ThreadPoolExecutor(config.jobs) as pool:
         jobs = [pool.submit(run, config, *pair) for pair in pairs]
         folders = {pair: job.result() for pair, job in zip(pairs, track(jobs, "runs", console=console), strict=True)}
 
+    torch.set_num_threads(1)
     methods, curves = {}, {}
-    table = Table(title=f"{config.task}: mean ± standard deviation over {config.seeds} seeds")
-    for column in ("", "Avg@k before", "Avg@k after", "Pass@k", "greedy", f"steps to {config.target}", "seconds"):
+    table = Table(title=f"{config.study}: mean ± standard deviation over {config.seeds} seeds")
+    columns = ["Avg@k before", "Avg@k after", "Pass@k", "greedy", "route entropy", "two routes"]
+    for column in ("", *columns, f"steps to {config.target}", "seconds"):
         table.add_column(column, justify="right" if column else "left")
-    for arm in config.only:
+    for arm, (script, *flags) in arms.items():
         mine = [folders[arm, seed] for seed in range(config.seeds)]
         summaries = [json.loads((folder / "summary.json").read_text()) for folder in mine]
         lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in mine]
         points = [[(line["step"], line["eval/accuracy"]) for line in each if "eval/accuracy" in line] for each in lines]
         reached = [next((step for step, accuracy in each if accuracy >= config.target), math.inf) for each in points]
         after = {key: [summary["after"][key] for summary in summaries] for key in EVAL_KEYS}
+        domains = [key for key in lines[0][-1] if key.startswith("eval/") and key.count("/") == 2]
+        after |= {key: [each[-1][key] for each in lines] for key in domains}
+        every, prefix = [line for each in lines for line in each[1:]], summaries[0]["method"].split("_")[0] + "/"
+        own = {key: [line[key] for line in every if key in line] for key in every[0] if key.startswith(prefix)}
+        routes = [diversity(str(mine[i] / "model"), summaries[i]["task"]) for i in range(config.seeds)]
+        after |= {key: [each[key] for each in routes] for key in routes[0]}
         before = statistics.mean(summary["accuracy_before"] for summary in summaries)
         seconds = statistics.mean(summary["seconds"] for summary in summaries)
         methods[arm] = {key: statistics.mean(values) for key, values in after.items()}
         methods[arm] |= {"eval/accuracy_se": spread(after["eval/accuracy"]), "seeds": config.seeds, "before": before}
         methods[arm] |= {"runs": after, "steps_to_target": [None if math.isinf(step) else step for step in reached]}
-        methods[arm] |= {"seconds": seconds, "command": " ".join(["python", f"methods/{ARMS[arm][0]}", *ARMS[arm][1:]])}
+        methods[arm]["mean over steps"] = {key: statistics.mean(values) for key, values in own.items()}
+        methods[arm] |= {"seconds": seconds, "command": " ".join(["python", f"methods/{script}", *flags])}
         curves[arm] = points
-        figures = [
-            f"{statistics.mean(values):.3f} ± {spread(values):.3f}"
-            for key, values in after.items()
-            if not key.endswith("_se")
-        ]
+        figures = {key: f"{statistics.mean(values):.3f} ± {spread(values):.3f}" for key, values in after.items()}
+        shown = ["eval/accuracy", "eval/pass_at_k", "eval/greedy", "route_entropy", "two_routes"]
         steps = ", ".join("never" if math.isinf(step) else str(step) for step in reached)
-        table.add_row(arm, f"{before:.3f}", *figures, steps, f"{seconds:.0f}")
+        table.add_row(arm, f"{before:.3f}", *(figures.get(key, "") for key in shown), steps, f"{seconds:.0f}")
     console.print(table)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     command = "python scripts/reproduce.py " + " ".join(sys.argv[1:])
     stored = {"command": command.strip(), "versions": versions(), "target": config.target, "methods": methods}
-    write_atomically(out / f"{config.task}.json", json.dumps(stored, indent=1) + "\n")
-    plot(out / f"{config.task}.png", f"{config.task}: held-out Avg@k, each line one seed", curves)
-    console.print(f"stored in {out / config.task}.json, plotted in {out / config.task}.png")
+    write_atomically(out / f"{config.study}.json", json.dumps(stored, indent=1) + "\n")
+    plot(out / f"{config.study}.png", f"{config.study}: held-out Avg@k, mean ± deviation over seeds", curves)
+    console.print(f"stored in {out / config.study}.json, plotted in {out / config.study}.png")
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.common.cli import UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
-from posttrain.methods import grpo, opd
+from posttrain.methods import grpo, opd, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd}
+METHODS = {"grpo": grpo, "opd": opd, "uni_opd": uni_opd}
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
     "save-every": 2, "lr": 1e-3, "warmup": 0,
@@ -41,13 +41,18 @@ KINDS = {
     "grpo, all state": ("grpo", {"minibatches": 2, "beta": 0.1, "ref-every": 2, "ref-mix": 0.5, "ent-target": 0.3}),
     "opd": ("opd", {}),
     "opd, ema": ("opd", {"teacher": "self", "teacher-sync": "ema", "est": "full", "beta": 0.5}),
+    "uni_opd": ("uni_opd", {}),
 }
 TABLE = {  # style.md, Metrics
     "train/reward", "train/accuracy", "train/zero_signal", "train/length", "train/truncated", "train/entropy",
     "loss/total", "engine/logp_gap", "engine/ratio_max", "optim/lr", "optim/grad_norm", "optim/skipped",
     "time/sample", "time/score", "time/update", "time/tokens_per_second",
 }  # fmt: skip
-OWN = {"grpo": {"policy/kl_old", "policy/clip_low", "policy/clip_high"}, "opd": {"teacher/kl"}}
+OWN = {
+    "grpo": {"policy/kl_old", "policy/clip_low", "policy/clip_high"},
+    "opd": {"teacher/kl"},
+    "uni_opd": {"teacher/kl", "uni/lambda", "uni/shifted_groups", "uni/violations_before", "uni/violations_after"},
+}
 EVAL = {"eval/accuracy", "eval/pass_at_k"}
 
 
@@ -149,7 +154,8 @@ def test_a_run_leaves_its_folder(whole, method):
 def test_summary_has_the_keys_of_the_design(whole, method):
     summary, rows = json.loads((whole(method) / "summary.json").read_text()), lines(whole(method))
     assert summary["method"] == method and summary["steps"] == LONG["steps"] and summary["seed"] == 0
-    assert summary["model"] == "addition-student" and summary["task"] == "addition" and summary["seconds"] > 0
+    default = METHODS[method].Config()
+    assert summary["model"] == default.model and summary["task"] == default.task and summary["seconds"] > 0
     assert summary["accuracy_before"] == rows[0]["eval/accuracy"]
     assert summary["accuracy_after"] == rows[-1]["eval/accuracy"]
     assert "accuracy_teacher" in summary and (method == "grpo" or 0 <= summary["accuracy_teacher"] <= 1)
@@ -164,7 +170,7 @@ def test_metrics_have_one_line_a_step_with_the_same_keys(whole, method):
         assert row.keys() >= TABLE | OWN[method], f"step {row['step']} lacks {(TABLE | OWN[method]) - row.keys()}"
         known = {"step", *TABLE, *OWN[method]}
         levels = {key.split("/")[0] for key in row.keys() - known}
-        assert levels <= {"loss", "policy", "teacher", "memory", "eval", method}
+        assert levels <= {"loss", "policy", "teacher", "memory", "eval", method.split("_")[0]}
         assert (row.keys() >= EVAL) == (row["step"] in (5, 10, 14)) and all(map(math.isfinite, row.values()))
         assert row["engine/logp_gap"] < 1e-4 and abs(row["engine/ratio_max"] - 1) < 1e-3
         assert row["optim/skipped"] == 0 and 0 <= row["train/accuracy"] <= 1
@@ -172,8 +178,9 @@ def test_metrics_have_one_line_a_step_with_the_same_keys(whole, method):
 
 
 def test_metrics_of_the_methods_differ_only_in_their_own(whole):
-    a, b = (lines(whole(method))[1].keys() for method in METHODS)
-    assert {key.split("/")[0] for key in a ^ b} <= {"grpo", "opd", "loss", "policy", "teacher"}
+    keys = [lines(whole(method))[1].keys() for method in METHODS]
+    own = {method.split("_")[0] for method in METHODS} | {"loss", "policy", "teacher"}
+    assert {key.split("/")[0] for key in set.union(*map(set, keys)) - set.intersection(*map(set, keys))} <= own
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -202,7 +209,7 @@ def test_model_loads_plainly_with_the_trained_weights(whole, method):
     out = whole(method)
     model, tokenizer = (kind.from_pretrained(out / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     trained = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["policy"]
-    start = AutoModelForCausalLM.from_pretrained(TINY / "addition-student").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(TINY / METHODS[method].Config().model).state_dict()
     state = model.state_dict()
     assert state.keys() == trained.keys() and all(torch.equal(state[key], trained[key]) for key in state)
     assert any(not torch.equal(state[key], start[key]) for key in state)
@@ -218,7 +225,7 @@ def test_terminal_shows_before_after_and_the_folder(whole):
         said = (whole(method).parent / f"{method}.txt").read_text()
         for word in ("before", "after", "Avg@2", "Pass@2", "greedy", str(whole(method)), "curve.png", "best", "worst"):
             assert word in said
-        assert ("teacher" in said) == (method == "opd") and "Warning" not in said
+        assert ("teacher" in said) == (method != "grpo") and "Warning" not in said
 
 
 def test_a_teacher_of_the_same_size_is_measured_before_training(whole):
@@ -343,6 +350,8 @@ RESUMED = {
     "opd lora": ("opd", {"lora-rank": 4}),
     "opd self, live, lora": ("opd", {"lora-rank": 4, "teacher": "self", "teacher-sync": "live", "task-coef": 1.0}),
     "opd off-policy": ("opd", {"lmbda": 0.5, "est": "topk", "support": "union"}),
+    "uni_opd lora": ("uni_opd", {"lora-rank": 4}),
+    "uni_opd minibatches, mask": ("uni_opd", {"minibatches": 2, "margin": "mask", "online-balance": "global"}),
     "opd data, cold start": ("opd", {"lmbda": 0.5, "est": "full", "off-policy": "data", "cold-start-steps": 2}),
 }
 
@@ -393,6 +402,7 @@ ACCUMULATED = [
     ("grpo", {}), ("grpo", {"agg": "seq", "beta": 0.1, "ent-coef": 0.01, "minibatches": 2, "tis": "seq_truncate"}),
     ("opd", {}), ("opd", {"est": "full", "beta": 0.3, "agg": "seq"}), ("opd", {"est": "topk", "agg": "const"}),
     ("opd", {"est": "k3_k2", "agg": "sum", "prefix-frac": 0.5}), ("opd", {"cold-start-steps": 4}),
+    ("uni_opd", {}), ("uni_opd", {"denominator": "kept", "domain-weights": "2,1", "minibatches": 2}),
 ]  # fmt: skip
 
 
@@ -429,7 +439,7 @@ def test_lora_saves_a_merged_model(method, tmp_path):
     assert saved and all(".lora_" in key for key in saved)
     model, info = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    start = AutoModelForCausalLM.from_pretrained(TINY / "addition-student")
+    start = AutoModelForCausalLM.from_pretrained(TINY / METHODS[method].Config().model)
     assert model.state_dict().keys() == start.state_dict().keys()
     assert not (out / "model" / "adapter_config.json").exists()
     ids = torch.tensor([[3, 4, 5, 6]])
@@ -515,6 +525,7 @@ WITH = {  # flags under which a choice has anything to choose
     "opd": {"support": {"est": "topk", "top_k": 2, "beta": 0.5}, "tail": {"est": "topk", "top_k": 2, "beta": 0.5},
             "off_policy": {"est": "full", "lmbda": 0.0},
             "teacher_sync": {"teacher": "self", "est": "full", "beta": 0.5, "lr": 0.01, "ema": 0.3}},
+    "uni_opd": {"margin_stats": {"group_size": 8}, "online_balance": {"group_size": 8}},
 }  # fmt: skip
 
 
@@ -595,6 +606,12 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("opd", {"est": "topk", "top_k": 98}), ("opd", {"est": "topk", "top_k": 500, "support": "union"}),
     ("opd", {"lora_rank": 4, "est": "full", "dtype": "bfloat16"}), ("opd", {"lmbda": 0.0, "est": "full"}),
     ("opd", {"discount": 0.95, "discount_mean": True, "position_weight": 0.5, "prefix_frac": 0.3}),
+    ("uni_opd", {"group_size": 1}), ("uni_opd", {"balance_ratio": 0.0}), ("uni_opd", {"margin_delta": -math.inf}),
+    ("uni_opd", {"balance_ratio": math.inf, "denominator": "kept"}), ("uni_opd", {"max_new_tokens": 1}),
+    ("uni_opd", {"teacher": "arithmetic-add-teacher", "routing": "average"}), ("uni_opd", {"task_coef": 1.0}),
+    ("uni_opd", {"minibatches": 3, "lora_rank": 4, "dtype": "bfloat16"}), ("uni_opd", {"prompts_per_step": 1}),
+    ("uni_opd", {"margin": "mask", "mask_retain": 0.0, "margin_scope": "global", "margin_mode": "minmax"}),
+    ("uni_opd", {"task": "addition", "model": "addition-student", "teacher": "addition-teacher", "gap_mask": 0.0}),
 ]  # fmt: skip
 
 
