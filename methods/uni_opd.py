@@ -59,7 +59,7 @@ class Config:
     group_size: int = 16  # G, responses per prompt (paper: 16)
     max_new_tokens: int = 20  # L_max
     temperature: float = 1.0  # of sampling and of every log-prob in training
-    lr: float = 2e-4  # for the tiny default; 1e-6 for a real model, 1e-4 with LoRA
+    lr: float = 1e-4  # for the tiny default; 1e-6 for a real model, 1e-4 with LoRA
     warmup: int = 10  # steps of linear warm-up (paper: 5)
     schedule: Schedule = "linear"  # of the learning rate (paper: constant)
     max_grad_norm: float = 1.0  # clip
@@ -343,7 +343,7 @@ def main(config: Config) -> None:
         run.log(step, metrics, rollout)
         if run.due(step, config.save_every):
             run.save(step, **parts)
-    run.finish(policy, tokenizer, compare=("grpo", "opd", "uni_opd"))
+    run.finish(policy, tokenizer, compare=("grpo-arithmetic", "multi-opd", "uni-opd"))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ FAMILIES = {
         "addition-teacher": Recipe("addition", max_new_tokens=20, decay_below=0.08, decay_steps=800),
     },
     "arithmetic": {
-        "arithmetic-student": Recipe("arithmetic", max_new_tokens=20, decay_below=0.45, decay_steps=150),
+        "arithmetic-student": Recipe("arithmetic", max_new_tokens=20, decay_below=0.34, decay_steps=150),
         "arithmetic-add-teacher": Recipe(**EXPERT, domain="add", decay_steps=200),
         "arithmetic-mul-teacher": Recipe(**EXPERT, domain="mul", decay_steps=500),
     },

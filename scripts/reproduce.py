@@ -53,10 +53,11 @@ STUDIES = {
         "opd": ["opd.py"],
         "scope-full": ["scope_opd.py", "--kl", "full", "--lr", "5e-4"],
     },
-    "arithmetic": {  # Uni-OPD: all arms with the same number of rollouts
+    "arithmetic": {  # two domains, a teacher each; all arms with the same number of rollouts
         "uni-opd": ["uni_opd.py"],
         "uni-opd-delta-0.4": ["uni_opd.py", "--margin-delta", "0.4"],  # as the paper has it
         "uni-opd-mask": ["uni_opd.py", "--margin", "mask"],
+        "margin-only": ["uni_opd.py", "--online-balance", "none"],
         "balance-only": ["uni_opd.py", "--margin", "none"],
         "multi-opd": ["uni_opd.py", *PLAIN],  # each prompt scored by its domain's teacher, nothing else
         "multi-opd-average": ["uni_opd.py", *PLAIN, "--routing", "average"],  # each prompt scored by both
