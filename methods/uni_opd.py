@@ -17,7 +17,7 @@ Differs from opd.py in: several teachers, Eq. 2-5, and a clipped loss on the sam
 
 Good to know
 - delta must suit the scale of G. Long responses have margins near 0.01 nat and the paper's delta is 0.4; the tiny
-  default's are near 0.7, where 0.4 seldom acts: hence 4. uni/shifted_groups and uni/lambda show what it does.
+  default's are near 0.4 themselves, so that 0.4 adds little: hence 4. uni/shifted_groups and uni/lambda show it.
 - (3) is an outcome reward that fades once teacher and verifier agree; --margin none --task-coef 1 is the control.
 - A reward of 1 is correct, anything lower is not. A row that could not be graded (NaN) is on neither side of (2), and
   counts as incorrect in (5), as in the released code. A group of one side keeps plain OPD.
