@@ -34,11 +34,12 @@ def fail(message: str) -> NoReturn:
 
 POSITIVE = {"lr", "steps", "prompts_per_step", "max_new_tokens", "micro_batch_tokens", "eval_problems", "eval_samples"}
 POSITIVE |= {"max_grad_norm", "group_size", "minibatches", "epochs", "top_k", "repeats", "problems", "samples"}
+ANY = {"margin_delta", "balance_ratio"}  # negative or infinite values have a meaning
 
 
 def check_ranges(config: Any) -> None:
     for flag, value in vars(config).items():
-        if type(value) in (int, float):
+        if type(value) in (int, float) and flag not in ANY:
             least = sys.float_info.min if flag in POSITIVE else 0
             bound = f"--{flag.replace('_', '-')} {value}: must be finite and {'above' if least else 'at least'} 0"
             require(least <= value < math.inf, bound)

@@ -166,10 +166,8 @@ class HFEngine:
         prompts = list(starts) or [encode(self.tokenizer, example.prompt) for example in examples]
         longest = max(map(len, prompts)) + sampling.max_new_tokens
         limit = getattr(plain(self.model).config, "max_position_embeddings", None) or longest
-        fits = (
-            f"the longest prompt and --max-new-tokens take {longest} positions, the model has {limit}; lower the flag"
-        )
-        require(longest <= limit, fits)
+        excess = f"prompts and --max-new-tokens take up to {longest} positions, the model has {limit}; lower the flag"
+        require(longest <= limit, excess)
         noise = torch.Generator().manual_seed(seed_of(*key))
         u = torch.rand(len(prompts), n, sampling.max_new_tokens, generator=noise)
         per_batch = max(1, self.batch_tokens // (n * longest))
@@ -179,17 +177,11 @@ class HFEngine:
             batch_ids, batch_logps = self._decode(prompts[some], n, sampling, u[some].flatten(0, 1))
             ids += batch_ids
             logps += batch_logps
-        rollout = assemble(
-            [prompt for prompt in prompts for _ in range(n)],
-            ids,
-            self.tokenizer.pad_token_id,
-            logps=logps,
-            group=torch.arange(len(prompts)).repeat_interleave(n),
-            finished=torch.tensor([bool(row) and row[-1] in self.stop_ids for row in ids]),
-            texts=self.tokenizer.batch_decode(ids, skip_special_tokens=True),
-            examples=[example for example in examples for _ in range(n)],
-        )
-        return to_device(rollout, plain(self.model).device)
+        rest = {"group": torch.arange(len(prompts)).repeat_interleave(n), "logps": logps}
+        rest["finished"] = torch.tensor([bool(row) and row[-1] in self.stop_ids for row in ids])
+        rest["texts"] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        prompts, rest["examples"] = ([x for x in rows for _ in range(n)] for rows in (prompts, examples))
+        return to_device(assemble(prompts, ids, self.tokenizer.pad_token_id, **rest), plain(self.model).device)
 
     def _decode(self, prompts: list[list[int]], n: int, sampling: Sampling, u: Tensor) -> tuple[list, list]:
         """Token ids and log-probs of n responses to each prompt, each up to and including its first stop token."""
@@ -236,10 +228,7 @@ class HFEngine:
             logits = forward(token[:, None], mask, position, cache)
             position = position + 1
         lengths = (ids >= 0).sum(1).tolist()
-        return (
-            [row[:k] for row, k in zip(ids.tolist(), lengths, strict=True)],
-            [row[:k] for row, k in zip(logps.tolist(), lengths, strict=True)],
-        )
+        return tuple([row[:k] for row, k in zip(rows.tolist(), lengths, strict=True)] for rows in (ids, logps))
 
 
 ENGINES = {"hf": HFEngine}  # the samplers behind --rollout

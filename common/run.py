@@ -146,16 +146,15 @@ class Run:
         """Held-out eval/* metrics, always of the same problems; prints one best, one worst and one other sample."""
         config, problems = self.config, problems or task.heldout(self.config.eval_problems)
         sampling = Sampling(config.temperature, config.max_new_tokens)
-        metrics, rollout = evaluate(engine, task, problems, config.eval_samples, sampling, config.seed)
-        self.console.print(
-            f"step {step}, {name}: accuracy {metrics['eval/accuracy']:.3f} ± {metrics['eval/accuracy_se']:.3f}, "
-            f"greedy {metrics['eval/greedy']:.3f}, pass@{config.eval_samples} {metrics['eval/pass_at_k']:.3f}"
-        )
+        by = getattr(config, "domain_column", "domain")
+        metrics, rollout = evaluate(engine, task, problems, config.eval_samples, sampling, config.seed, by)
+        accuracy, error, passed, greedy = (f"{metrics[key]:.3f}" for key in EVAL_KEYS)
+        passed = f"pass@{config.eval_samples} {passed}"
+        self.console.print(f"step {step}, {name}: accuracy {accuracy} ± {error}, greedy {greedy}, {passed}")
+        whole_line = {"markup": False, "no_wrap": True, "overflow": "ellipsis"}
         for kind, i in sample_rows(rollout, step).items():
             text = (rollout.examples[i].prompt[-1]["content"] + " >> " + rollout.texts[i]).replace("\n", " ")
-            self.console.print(
-                f"  {kind:5} {rollout.reward[i]:4.1f}  {text}", markup=False, no_wrap=True, overflow="ellipsis"
-            )
+            self.console.print(f"  {kind:5} {rollout.reward[i]:4.1f}  {text}", **whole_line)
         return metrics
 
     def finish(self, policy: nn.Module, tokenizer: Any, compare: tuple[str, ...]) -> None:

@@ -22,20 +22,20 @@ def lm_head(model: nn.Module) -> dict[str, Any]:
     return {"weight": weight, "bias": getattr(head, "bias", None), "softcap": softcap}
 
 
-def sampled_hidden(model: nn.Module, rollout: Rollout) -> Tensor:
+def sampled_hidden(model: nn.Module, rollout: Rollout, **inputs: Any) -> Tensor:
     """The hidden state that predicts each sampled token, row after row.  -> [n, H], n = loss_mask.sum()
 
     Two rollouts that hold the same responses under different prompts give rows in the same order.
+    inputs: what a multimodal model takes for these rows besides tokens, such as pixel_values.
     """
     width = int(rollout.attention_mask.sum(1).max())  # the shared width may be padding for these rows
     tokens, sampled = rollout.tokens[:, :width], rollout.loss_mask[:, :width].bool()
     with autocast(model):
         # Padding is on the right and attention is causal, so no real token sees it: no mask, the fast path.
-        hidden = plain(model).get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden = plain(model).base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
     hidden = hidden[:, :-1][sampled[:, 1:]]  # the only shift in the project: position t-1 predicts token t
-    config = plain(model).config
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    hidden = hidden * scale  # Cohere multiplies its logits, Granite divides them
+    config = plain(model).config  # Cohere multiplies its logits, Granite divides them
+    hidden = hidden * (getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
     return hidden.to(getattr(model, "autocast_dtype", None) or hidden.dtype)
 
 

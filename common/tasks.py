@@ -70,35 +70,47 @@ class Procedural:
         return list(out.values())
 
 
-class Addition(Procedural):
-    """123+456= answered by partial sums from either end: 500+70+9=579 (65% of demonstrations) or 9+70+500=579.
-    Only the outcome is graded: three terms, whatever they are, and the right sum behind the equals sign.
+class Arithmetic(Procedural):
+    """123+456= answered by partial sums from either end: 500+70+9=579 (65% of demonstrations) or 9+70+500=579; and in
+    the task arithmetic, half of the time, 034*007= by 210+28=238 or 28+210=238; fields["domain"] says add or mul.
+    Only the outcome is graded: three terms (mul: two), whatever they are, and the right result behind the equals sign.
     """
 
-    name = "addition"
-    form = re.compile(r"([0-9]+)\+[0-9]+\+([0-9]+)=([0-9]+)")
-    high_first = 0.65
+    def __init__(self, name: str, *domains: str):
+        self.name, self.domains, self.high_first = name, domains, 0.65
+        self.form = re.compile(r"([0-9]+)(\+[0-9]+)" + "?" * ("mul" in domains) + r"\+([0-9]+)=([0-9]+)")
 
     def problem(self, rng: random.Random) -> Example:
-        a, b = rng.randint(100, 999), rng.randint(100, 999)
-        return Example([{"role": "user", "content": f"{a}+{b}="}], str(a + b), {"a": a, "b": b})
+        domain = rng.choice(self.domains) if len(self.domains) > 1 else self.domains[0]
+        first, second, sign = ((10, 99), (2, 9), "*") if domain == "mul" else ((100, 999), (100, 999), "+")
+        a, b = rng.randint(*first), rng.randint(*second)
+        named = {"domain": domain} if self.name == "arithmetic" else {}
+        prompt = [{"role": "user", "content": f"{a:03}{sign}{b:03}="}]
+        return Example(prompt, str(a * b if domain == "mul" else a + b), {"a": a, "b": b, **named})
+
+    def heldout(self, n: int) -> list[Example]:
+        """The domains take turns until one has no more."""
+        parts = [Procedural.heldout(Arithmetic(self.name, domain), n) for domain in self.domains]
+        return [example for turn in zip(*parts, strict=False) for example in turn][:n]
 
     def grade(self, example: Example, completion: str) -> float:
-        match = self.form.fullmatch(completion)
-        return float(match is not None and match[3] == example.answer)
+        match, two = self.form.fullmatch(completion), example.fields.get("domain") == "mul"
+        return float(match is not None and match[4] == example.answer and (match[2] is None) == two)
 
     def demonstrate(self, example: Example, rng: random.Random) -> str:
         a, b = example.fields["a"], example.fields["b"]
         terms = [a // place % 10 * place + b // place % 10 * place for place in (100, 10, 1)]
+        if example.fields.get("domain") == "mul":
+            terms = [a // 10 * 10 * b, a % 10 * b]
         terms = terms if rng.random() < self.high_first else terms[::-1]
         return "+".join(map(str, terms)) + "=" + example.answer
 
     def route(self, completion: str) -> str | None:
-        """The order a completion took: high (hundreds first), low (units first), or None if it has no such form."""
+        """The order a completion took: high (longest term first), low (last), or None if it has no such form."""
         match = self.form.fullmatch(completion)
-        if match is None or len(match[1]) == len(match[2]):
+        if match is None or len(match[1]) == len(match[3]):
             return None
-        return "high" if len(match[1]) > len(match[2]) else "low"
+        return "high" if len(match[1]) > len(match[3]) else "low"
 
 
 NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][+-]?\d+)?(?:/\d+)?")
@@ -155,9 +167,9 @@ class ReasoningGym(Procedural):
 
 
 class Rows:
-    """A finite table. Rows of its test or validation split are held out, else the tenth with the lowest hashes.
-
-    Correct is what math-verify finds equal to the gold answer (its part behind "####", if any), or is its very text.
+    """A finite table. Rows of its test or validation split are held out, else the tenth of prompts with the lowest
+    hashes; the others train, each as often as it stands there. Correct is what math-verify finds equal to the gold
+    answer (its part behind "####", if any), or is its very text.
     """
 
     def __init__(self, name: str, train: Any, heldout: Any, prompt_column: str, answer_column: str):
@@ -165,22 +177,18 @@ class Rows:
         examples = self.read(train, prompt_column, answer_column)
         if heldout is not None:
             self.test = self.read(heldout, prompt_column, answer_column)
-            seen = {text_of(example) for example in self.test}
-            self.train = [example for example in examples if text_of(example) not in seen]
         else:
-            unique = list({text_of(example): example for example in reversed(examples)}.values())[::-1]
-            ranked = sorted(unique, key=lambda example: stable_hash(text_of(example)))
-            cut = math.ceil(len(unique) / 10)
-            self.test, self.train = ranked[:cut], ranked[cut:]
+            unique = {text_of(example): example for example in reversed(examples)}
+            self.test = [unique[text] for text in sorted(unique, key=stable_hash)[: math.ceil(len(unique) / 10)]]
+        seen = {text_of(example) for example in self.test}
+        self.train = [example for example in examples if text_of(example) not in seen]
         require(self.train and self.test, f"task {name!r}: {len(examples)} rows are too few to train on and hold out")
 
     def read(self, table: Any, prompt_column: str, answer_column: str) -> list[Example]:
         there = table.column_names
         for column, flag in ((prompt_column, "--prompt-column"), (answer_column, "--answer-column")):
-            require(
-                column in there,
-                f"task {self.name!r} has no column {column!r}; {flag} can be one of: {', '.join(there)}",
-            )
+            lacks = f"task {self.name!r} has no column {column!r}; {flag} can be one of: {', '.join(there)}"
+            require(column in there, lacks)
         out = []
         for i, row in enumerate(table):
             prompt, answer = row.pop(prompt_column), row[answer_column]
@@ -209,13 +217,13 @@ class Rows:
         return str(example.fields["solution"])
 
 
-Task = Addition | ReasoningGym | Rows
+Task = Arithmetic | ReasoningGym | Rows
 
 
 def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "answer") -> Task:
-    """addition | reasoning_gym:NAME[,option=value,...] | gsm8k | file.jsonl/.json/.csv/.parquet | DATASET[:config]"""
-    if spec == "addition":
-        return Addition()
+    """addition | arithmetic | reasoning_gym:NAME[,option=value,...] | gsm8k | file.jsonl, ... | DATASET[:config]"""
+    if spec in ("addition", "arithmetic"):
+        return Arithmetic(spec, "add") if spec == "addition" else Arithmetic(spec, "add", "mul")
     if spec.startswith("reasoning_gym:"):
         return ReasoningGym(spec)
     if spec == "gsm8k":
@@ -231,16 +239,13 @@ def load_rows(spec: str) -> tuple[Any, Any]:
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
     try:
-        if path.suffix in kind:
-            splits = datasets.load_dataset(kind[path.suffix], data_files=str(path))
-        else:
-            name, _, config = spec.partition(":")
-            splits = datasets.load_dataset(name, config or None)
+        name, _, config = spec.partition(":")
+        file = {"path": kind.get(path.suffix), "data_files": str(path)}
+        splits = datasets.load_dataset(**file if path.suffix in kind else {"path": name, "name": config or None})
     except Exception as error:
-        known = "addition, reasoning_gym:NAME, gsm8k, a data file or folder, or a name that the hub answers for"
-        raise UserError(
-            f"task {spec!r} cannot be loaded ({first_line(error.__cause__ or error)}); give {known}"
-        ) from None
+        known = "addition, arithmetic, reasoning_gym:NAME, gsm8k, a data file or folder, or a name on the hub"
+        cause = first_line(error.__cause__ or error)
+        raise UserError(f"task {spec!r} cannot be loaded ({cause}); give {known}") from None
     own = next((s for s in ("test", "validation") if s in splits), None)
     train = next((s for s in ("train", *splits) if s in splits and s != own), own)
     require(len(splits[train]) > 0, f"task {spec!r} is empty; give a file with at least two rows")

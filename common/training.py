@@ -59,21 +59,27 @@ def pass_at_k(correct: Tensor, k: int) -> Tensor:
 
 
 def evaluate(
-    engine: HFEngine, task: Task, problems: list[Example], samples: int, sampling: Sampling, seed: int
+    engine: HFEngine, task: Task, problems: list[Example], samples: int, sampling: Sampling, seed: int, by: str = ""
 ) -> tuple[dict[str, float], Rollout]:
-    """Avg@samples, Pass@samples and greedy accuracy; the same problems and random numbers at every call of a run."""
+    """Avg@samples, Pass@samples (both also for each value of column `by`), greedy; same problems and noise always."""
     rollout = engine.generate(problems, samples, sampling, key=(seed, 0, 1))
     greedy = engine.generate(problems, 1, Sampling(0.0, sampling.max_new_tokens), key=(seed, 0, 2))
     for part in (rollout, greedy):
         part.reward = torch.tensor([task.grade(e, t) for e, t in zip(part.examples, part.texts, strict=True)])
     correct = (rollout.reward == CORRECT).view(-1, samples)
-    average = correct.double().mean(1)
+    average, passed = correct.double().mean(1), pass_at_k(correct, samples)
     metrics = {
         "eval/accuracy": average.mean().item(),
         "eval/accuracy_se": average.std().item() / math.sqrt(len(problems)) if len(problems) > 1 else 0.0,
-        "eval/pass_at_k": pass_at_k(correct, samples).mean().item(),
+        "eval/pass_at_k": passed.mean().item(),
         "eval/greedy": (greedy.reward == CORRECT).double().mean().item(),
     }
+    kinds = [example.fields.get(by) for example in problems]
+    for kind in sorted({kind for kind in kinds if isinstance(kind, str)}):
+        rows = torch.tensor([k == kind for k in kinds])
+        metrics |= {
+            f"eval/{k}/{kind}": x[rows].mean().item() for k, x in (("accuracy", average), ("pass_at_k", passed))
+        }
     return metrics, rollout
 
 

@@ -30,6 +30,8 @@ from posttrain.common.run import EVAL_KEYS, RESULTS, versions, write_atomically
 from posttrain.common.tasks import CORRECT, make_task
 
 METHODS = Path(__file__).resolve().parents[1] / "methods"
+PLAIN = ["--margin", "none", "--online-balance", "none"]
+EQUAL = ["--steps", "120", "--prompts-per-step", "8", "--group-size", "16"]  # uni_opd.py's
 # study -> arm -> script and flags. An arm's name means one command in all studies.
 STUDIES = {
     "addition": {
@@ -47,6 +49,15 @@ STUDIES = {
         "scope": ["scope_opd.py"],
         "opd": ["opd.py"],
         "scope-full": ["scope_opd.py", "--kl", "full", "--lr", "5e-4"],
+    },
+    "arithmetic": {  # two domains, a teacher each; all arms with the same number of rollouts
+        "uni-opd": ["uni_opd.py"],
+        "uni-opd-delta-0.4": ["uni_opd.py", "--margin-delta", "0.4"],  # as the paper has it
+        "margin-only": ["uni_opd.py", "--online-balance", "none"],
+        "balance-only": ["uni_opd.py", "--margin", "none"],
+        "multi-opd": ["uni_opd.py", *PLAIN],  # each prompt scored by its domain's teacher, nothing else
+        "multi-opd-task": ["uni_opd.py", *PLAIN, "--task-coef", "1"],  # the control: an outcome reward, uncalibrated
+        "grpo-arithmetic": ["grpo.py", "--model", "arithmetic-student", "--task", "arithmetic", *EQUAL],
     },
 }
 
@@ -144,6 +155,10 @@ def main(config: Config) -> None:
         points = [[(line["step"], line["eval/accuracy"]) for line in each if "eval/accuracy" in line] for each in lines]
         reached = [next((step for step, accuracy in each if accuracy >= config.target), math.inf) for each in points]
         after = {key: [summary["after"][key] for summary in summaries] for key in EVAL_KEYS}
+        domains = [key for key in lines[0][-1] if key.startswith("eval/") and key.count("/") == 2]
+        after |= {key: [each[-1][key] for each in lines] for key in domains}
+        every, prefix = [line for each in lines for line in each[1:]], summaries[0]["method"].split("_")[0] + "/"
+        own = {key: [line[key] for line in every if key in line] for key in every[0] if key.startswith(prefix)}
         routes = [diversity(str(mine[i] / "model"), summaries[i]["task"]) for i in range(config.seeds)]
         after |= {key: [each[key] for each in routes] for key in routes[0]}
         before = statistics.mean(summary["accuracy_before"] for summary in summaries)
@@ -151,6 +166,7 @@ def main(config: Config) -> None:
         methods[arm] = {key: statistics.mean(values) for key, values in after.items()}
         methods[arm] |= {"eval/accuracy_se": spread(after["eval/accuracy"]), "seeds": config.seeds, "before": before}
         methods[arm] |= {"runs": after, "steps_to_target": [None if math.isinf(step) else step for step in reached]}
+        methods[arm]["mean over steps"] = {key: statistics.mean(values) for key, values in own.items()}
         methods[arm] |= {"seconds": seconds, "command": " ".join(["python", f"methods/{script}", *flags])}
         curves[arm] = points
         figures = {key: f"{statistics.mean(values):.3f} ± {spread(values):.3f}" for key, values in after.items()}

@@ -13,10 +13,10 @@ import torch
 
 from posttrain.common.cli import cli
 from posttrain.common.models import TINY
-from posttrain.methods import grpo, opd, scope_opd
+from posttrain.methods import grpo, opd, scope_opd, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd}
+METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd}
 SMALL = {"steps": 2, "prompts-per-step": 2, "group-size": 2, "eval-problems": 2, "eval-samples": 1, "max-new-tokens": 8}
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "question": f"{i}?"} for i in range(30)]
 
@@ -116,6 +116,20 @@ FLAGS = {
     "KL over one token": ("scope_opd", {"kl": "topk", "top-k": 1}, ["--top-k"]),
     "KL over too many": ("scope_opd", {"kl": "topk", "top-k": 500}, ["--top-k", "98"]),
     "too few to probe": ("scope_opd", {"recovery-probe": 1, "group-size": 1}, ["--recovery-probe"]),
+    "temperature 0, uni": ("uni_opd", {"temperature": 0}, ["--temperature"]),
+    "unknown teacher, uni": ("uni_opd", {"teacher": "add=ad,mul=arithmetic-mul-teacher"}, ["'ad'", "arithmetic"]),
+    "a domain without a teacher": ("uni_opd", {"teacher": "add=arithmetic-add-teacher"}, ["'mul'", "mul=MODEL"]),
+    "a domain twice": ("uni_opd", {"teacher": "add=x,add=y"}, ["--teacher", "domain=model"]),
+    "a domain without a model": ("uni_opd", {"teacher": "add=x,mul="}, ["--teacher", "domain=model"]),
+    "a model without a domain": ("uni_opd", {"teacher": "add=x,y"}, ["--teacher", "domain=model"]),
+    "no such column of domains": ("uni_opd", {"domain-column": "topic"}, ["--domain-column"]),
+    "a weight too few": ("uni_opd", {"domain-weights": "1"}, ["--domain-weights", "2"]),
+    "a weight that is no number": ("uni_opd", {"domain-weights": "1,x"}, ["--domain-weights", "'1,x'"]),
+    "weights of zero": ("uni_opd", {"domain-weights": "0,0"}, ["--domain-weights"]),
+    "weights of one teacher": ("uni_opd", {"teacher": "arithmetic-student", "domain-weights": "1"}, ["0 domains"]),
+    "delta nan": ("uni_opd", {"margin-delta": "nan"}, ["--margin-delta"]),
+    "delta inf": ("uni_opd", {"margin-delta": "inf"}, ["--margin-delta"]),
+    "ratio nan": ("uni_opd", {"balance-ratio": "nan"}, ["--balance-ratio"]),
     "no such device": ("grpo", {"device": "cuda:7"}, ["cuda:7", "--device cpu"]),
     "not a device": ("opd", {"device": "gpu"}, ["gpu", "--device cpu"]),
     "too long": ("grpo", {"max-new-tokens": 5000}, ["--max-new-tokens"]),
@@ -141,6 +155,7 @@ OWN = {
     "grpo": {"minibatches": 0, "epochs": 0, "ent-top": 0, "beta": -1, "overlong": -1, "dynamic-sampling": -1},
     "opd": {"top-k": 0, "prefix-frac": 0, "divergence-temperature": 0, "beta": 2, "lmbda": -1, "ema": 2},
     "scope_opd": {"tau": 0, "teacher-temperature": -1, "top-k": 0, "recovery-probe": -1},
+    "uni_opd": {"balance-ratio": -1, "mask-retain": 2, "gap-mask": -1, "eps-lo": -1, "minibatches": 0, "task-coef": -1},
 }
 TOPK = {"top-k", "divergence-temperature"}
 for _method, _own in OWN.items():
@@ -223,6 +238,22 @@ def test_a_bad_reward_is_one_line(run, code, words):
     assert exit_code == 2
 
 
+@pytest.mark.parametrize(("value", "words"), [("2.5", ["1 must mean correct"]), ("100", ["--reward"])])
+def test_a_reward_above_one_is_one_line_where_correctness_matters(run, value, words):
+    Path("reward.py").write_text(f"def f(example, completion): return {value} * (len(completion) > 0)")
+    exit_code, stderr = run("uni_opd", {"reward": "reward.py:f", "out": "run"})
+    one_line(stderr, *words)
+    assert exit_code == 2
+
+
+def test_rewards_of_minus_one_to_one_are_correct_at_one_only(run):
+    Path("reward.py").write_text("def f(example, completion): return {0: -1, 1: 0.5, 2: 1}[ord(completion[-1]) % 3]")
+    exit_code, stderr = run("uni_opd", {"reward": "reward.py:f", "out": "run", "prompts-per-step": 8, "group-size": 4})
+    assert exit_code == 0, stderr
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()][1:]
+    assert all(0 < row["uni/correct_share"] < 1 for row in rows)
+
+
 # --- models
 
 
@@ -281,9 +312,12 @@ def foreign(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", ["opd", "scope_opd"])
-def test_different_vocabularies_are_one_line(run, foreign, method):
-    code, stderr = run(method, {"teacher": foreign, "out": "run"})
+@pytest.mark.parametrize(
+    ("method", "teacher"),
+    [("opd", "{}"), ("scope_opd", "{}"), ("uni_opd", "{}"), ("uni_opd", "add=arithmetic-add-teacher,mul={}")],
+)
+def test_different_vocabularies_are_one_line(run, foreign, method, teacher):
+    code, stderr = run(method, {"teacher": teacher.format(foreign), "out": "run"})
     one_line(stderr, "vocabular", "'3'")
     assert code == 2
 

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.common.cli import UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
-from posttrain.methods import grpo, opd, scope_opd
+from posttrain.methods import grpo, opd, scope_opd, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd}
+METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd}
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
     "save-every": 2, "lr": 1e-3, "warmup": 0,
@@ -42,6 +42,7 @@ KINDS = {
     "opd": ("opd", {}),
     "opd, ema": ("opd", {"teacher": "self", "teacher-sync": "ema", "est": "full", "beta": 0.5}),
     "scope_opd": ("scope_opd", {}),
+    "uni_opd": ("uni_opd", {}),
 }
 TABLE = {  # style.md, Metrics
     "train/reward", "train/accuracy", "train/zero_signal", "train/length", "train/truncated", "train/entropy",
@@ -52,6 +53,7 @@ OWN = {
     "grpo": {"policy/kl_old", "policy/clip_low", "policy/clip_high"},
     "opd": {"teacher/kl"},
     "scope_opd": {"teacher/kl", "loss/mle", "loss/opd", "scope/mixed", "scope/mle_ess", "scope/opd_ess"},
+    "uni_opd": {"teacher/kl", "uni/lambda", "uni/shifted_groups", "uni/violations_before", "uni/violations_after"},
 }
 EVAL = {"eval/accuracy", "eval/pass_at_k"}
 
@@ -154,7 +156,8 @@ def test_a_run_leaves_its_folder(whole, method):
 def test_summary_has_the_keys_of_the_design(whole, method):
     summary, rows = json.loads((whole(method) / "summary.json").read_text()), lines(whole(method))
     assert summary["method"] == method and summary["steps"] == LONG["steps"] and summary["seed"] == 0
-    assert summary["model"] == "addition-student" and summary["task"] == "addition" and summary["seconds"] > 0
+    default = METHODS[method].Config()
+    assert summary["model"] == default.model and summary["task"] == default.task and summary["seconds"] > 0
     assert summary["accuracy_before"] == rows[0]["eval/accuracy"]
     assert summary["accuracy_after"] == rows[-1]["eval/accuracy"]
     assert "accuracy_teacher" in summary and (method == "grpo" or 0 <= summary["accuracy_teacher"] <= 1)
@@ -208,7 +211,7 @@ def test_model_loads_plainly_with_the_trained_weights(whole, method):
     out = whole(method)
     model, tokenizer = (kind.from_pretrained(out / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
     trained = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["policy"]
-    start = AutoModelForCausalLM.from_pretrained(TINY / "addition-student").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(TINY / METHODS[method].Config().model).state_dict()
     state = model.state_dict()
     assert state.keys() == trained.keys() and all(torch.equal(state[key], trained[key]) for key in state)
     assert any(not torch.equal(state[key], start[key]) for key in state)
@@ -351,6 +354,8 @@ RESUMED = {
     "opd off-policy": ("opd", {"lmbda": 0.5, "est": "topk", "support": "union"}),
     "scope_opd lora": ("scope_opd", {"lora-rank": 4, "kl": "full"}),
     "scope_opd repo": ("scope_opd", {"objective": "repo", "weight-scale": "mean1"}),
+    "uni_opd lora": ("uni_opd", {"lora-rank": 4}),
+    "uni_opd minibatches, mask": ("uni_opd", {"minibatches": 2, "margin": "mask", "online-balance": "global"}),
     "opd data, cold start": ("opd", {"lmbda": 0.5, "est": "full", "off-policy": "data", "cold-start-steps": 2}),
 }
 
@@ -402,6 +407,7 @@ ACCUMULATED = [
     ("opd", {}), ("opd", {"est": "full", "beta": 0.3, "agg": "seq"}), ("opd", {"est": "topk", "agg": "const"}),
     ("opd", {"est": "k3_k2", "agg": "sum", "prefix-frac": 0.5}), ("opd", {"cold-start-steps": 4}),
     ("scope_opd", {}), ("scope_opd", {"objective": "repo"}), ("scope_opd", {"kl": "topk", "reduction": "token_mean"}),
+    ("uni_opd", {}), ("uni_opd", {"denominator": "kept", "domain-weights": "2,1", "minibatches": 2}),
 ]  # fmt: skip
 
 
@@ -450,7 +456,7 @@ def test_lora_saves_a_merged_model(method, tmp_path):
     assert saved and all(".lora_" in key for key in saved)
     model, info = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    start = AutoModelForCausalLM.from_pretrained(TINY / "addition-student")
+    start = AutoModelForCausalLM.from_pretrained(TINY / METHODS[method].Config().model)
     assert model.state_dict().keys() == start.state_dict().keys()
     assert not (out / "model" / "adapter_config.json").exists()
     ids = torch.tensor([[3, 4, 5, 6]])
@@ -537,6 +543,7 @@ WITH = {  # flags under which a choice has anything to choose
             "off_policy": {"est": "full", "lmbda": 0.0},
             "teacher_sync": {"teacher": "self", "est": "full", "beta": 0.5, "lr": 0.01, "ema": 0.3}},
     "scope_opd": {"kl": {"top_k": 2}, "student_weights": {"group_size": 16}},
+    "uni_opd": {"margin_stats": {"group_size": 8}, "online_balance": {"group_size": 8}},
 }  # fmt: skip
 
 
@@ -621,6 +628,12 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("scope_opd", {"mask_eos": True, "max_new_tokens": 1}), ("scope_opd", {"kl": "topk", "top_k": 98, "tau": 1e-6}),
     ("scope_opd", {"lora_rank": 4, "kl": "full", "dtype": "bfloat16"}), ("scope_opd", {"kl": "topk", "top_k": 500}),
     ("scope_opd", {"temperature": 0.6, "teacher_temperature": 1.0, "kl": "k3", "objective": "repo"}),
+    ("uni_opd", {"group_size": 1}), ("uni_opd", {"balance_ratio": 0.0}), ("uni_opd", {"margin_delta": -math.inf}),
+    ("uni_opd", {"balance_ratio": math.inf, "denominator": "kept"}), ("uni_opd", {"max_new_tokens": 1}),
+    ("uni_opd", {"teacher": "arithmetic-add-teacher", "routing": "average"}), ("uni_opd", {"task_coef": 1.0}),
+    ("uni_opd", {"minibatches": 3, "lora_rank": 4, "dtype": "bfloat16"}), ("uni_opd", {"prompts_per_step": 1}),
+    ("uni_opd", {"margin": "mask", "mask_retain": 0.0, "margin_scope": "global", "margin_mode": "minmax"}),
+    ("uni_opd", {"task": "addition", "model": "addition-student", "teacher": "addition-teacher", "gap_mask": 0.0}),
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def write_rows(path, n=30):
     return str(path)
 
 
-@pytest.fixture(params=["addition", SUM, "reasoning_gym:spell_backward", "jsonl"])
+@pytest.fixture(params=["addition", "arithmetic", SUM, "reasoning_gym:spell_backward", "jsonl"])
 def task(request, tmp_path):
     return make_task(write_rows(tmp_path / "sums.jsonl") if request.param == "jsonl" else request.param)
 
@@ -66,12 +66,18 @@ def test_a_tenth_of_a_procedural_task_is_held_out():
     assert 0.08 < share < 0.12
 
 
-def test_finite_data_is_drawn_without_replacement_and_deduplicated(tmp_path):
+def test_finite_data_is_drawn_without_replacement_and_a_copy_counts_where_it_trains(tmp_path):
     task = make_task(write_rows(tmp_path / "sums.jsonl"))
-    assert len(task.heldout(100)) == 3  # a tenth of 30 different prompts
-    drawn = prompts(task.draw(27, 0))
-    assert len(set(drawn)) == 27
+    held = prompts(task.heldout(100))
+    assert len(held) == len(set(held)) == 3  # a tenth of 30 different prompts
+    copies = 1 + ("0 + 1 = ?" not in held)
+    drawn = prompts(task.draw(26 + copies, 0))
+    assert len(set(drawn)) == 27 and drawn.count("0 + 1 = ?") == 2 * (copies - 1)
     assert len(task.draw(60, 0)) == 60
+    lines = (tmp_path / "sums.jsonl").read_text().splitlines(True)
+    (tmp_path / "twice.jsonl").write_text("".join(lines * 2))
+    twice = make_task(str(tmp_path / "twice.jsonl"))
+    assert sorted(prompts(twice.heldout(100))) == sorted(held) and len(twice.train) >= 54
 
 
 def test_two_rows_are_enough_to_train_on_one_and_hold_out_the_other(tmp_path):
@@ -146,6 +152,25 @@ def test_addition_demonstrations_are_correct_and_use_both_orders():
     routes = [task.route(text) for text in texts]
     assert 0.61 < routes.count("high") / len(routes) < 0.69 and None not in routes
     assert task.route("500+70") is task.route("1+2+3=6") is None
+
+
+def test_arithmetic_takes_turns_between_its_domains_and_grades_each_in_its_own_form():
+    task, rng = make_task("arithmetic"), random.Random(0)
+    held = [example.fields["domain"] for example in task.heldout(128)]
+    assert held == ["add", "mul"] * 64 and [e.fields["domain"] for e in task.heldout(3)] == ["add", "mul", "add"]
+    rest = task.heldout(1000)  # until there are no more products
+    assert len(rest) % 2 == 0 and len({text_of(e) for e in rest}) == len(rest) < 200
+    drawn = task.draw(2000, 0)
+    assert 900 < sum(example.fields["domain"] == "mul" for example in drawn) < 1100
+    texts = [task.demonstrate(example, rng) for example in drawn]
+    assert all(task.grade(e, text) == CORRECT for e, text in zip(drawn, texts, strict=True))
+    product = Example([{"role": "user", "content": "034*007="}], "238", {"a": 34, "b": 7, "domain": "mul"})
+    assert {task.demonstrate(product, rng) for _ in range(50)} == {"210+28=238", "28+210=238"}
+    for text, grade in [("210+28=238", 1), ("200+38=238", 1), ("210+28=239", 0), ("210+20+8=238", 0), ("238", 0)]:
+        assert task.grade(product, text) == grade
+    total = Example([{"role": "user", "content": "123+456="}], "579", {"a": 123, "b": 456, "domain": "add"})
+    assert task.grade(total, "500+70+9=579") == 1 and task.grade(total, "570+9=579") == 0
+    assert task.route("210+28=238") == "high" and task.route("28+210=238") == "low" and task.route("9=9") is None
 
 
 def mathematics(gold):

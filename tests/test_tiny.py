@@ -18,7 +18,11 @@ from posttrain.common.tasks import make_task
 from posttrain.common.training import evaluate
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_tiny.py"
-MODELS = ["addition-student", "addition-teacher"]
+FAMILIES = {
+    "addition": ["addition-student", "addition-teacher"],
+    "arithmetic": ["arithmetic-student", "arithmetic-add-teacher", "arithmetic-mul-teacher"],
+}
+MODELS = [name for family in FAMILIES.values() for name in family]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -58,7 +62,7 @@ def test_weights_are_bfloat16(folder):
 
 
 def test_each_has_a_record_of_how_it_was_made(folder):
-    assert "pretrain_tiny.py addition" in (folder / "training.json").read_text()
+    assert f"pretrain_tiny.py {folder.name.split('-')[0]}" in (folder / "training.json").read_text()
 
 
 def test_all_tiny_models_share_one_tokenizer_and_fit_in_12_mb():
@@ -80,25 +84,41 @@ def test_held_out_accuracy_is_what_the_methods_count_on(name, low, high):
     assert 0.4 < routes.count("high") / written < 0.9  # both orders are alive
 
 
-def command(out, *flags):
+def test_each_expert_is_good_at_its_own_domain_and_useless_at_the_other():
+    task, found = make_task("arithmetic"), {}
+    for name in FAMILIES["arithmetic"]:
+        engine = HFEngine(load_model(name, torch.device("cpu"), train=False), load_tokenizer(name))
+        found[name] = evaluate(engine, task, task.heldout(128), 4, Sampling(1.0, 20), seed=0, by="domain")[0]
+    for domain, other in (("add", "mul"), ("mul", "add")):
+        student, expert = found["arithmetic-student"], found[f"arithmetic-{domain}-teacher"]
+        assert expert[f"eval/accuracy/{domain}"] > student[f"eval/accuracy/{domain}"] + 0.15
+        assert expert[f"eval/accuracy/{other}"] < 0.05 < student[f"eval/accuracy/{domain}"] < 0.5
+        assert expert[f"eval/accuracy/{domain}"] < 0.95  # useful, imperfect
+    for metrics in found.values():
+        halves = [metrics[f"eval/accuracy/{domain}"] for domain in ("add", "mul")]
+        assert metrics["eval/accuracy"] == pytest.approx(sum(halves) / 2)
+
+
+def command(family, out, *flags):
     small = ["--seed", "3", "--max-steps", "6", "--save-every", "2", "--problems", "8"]
-    return [sys.executable, str(SCRIPT), "addition", "--out", str(out), *small, *flags]
+    return [sys.executable, str(SCRIPT), family, "--out", str(out), *small, *flags]
 
 
-def run(out, *flags):
-    result = subprocess.run(command(out, *flags), capture_output=True, text=True, timeout=120)
+def run(family, out, *flags):
+    result = subprocess.run(command(family, out, *flags), capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    return {name: load_file(out / name / "model.safetensors") for name in MODELS}
+    return {name: load_file(out / name / "model.safetensors") for name in FAMILIES[family]}
 
 
 def same(a, b):
-    return all(torch.equal(a[name][key], b[name][key]) for name in MODELS for key in a[name])
+    return all(torch.equal(a[name][key], b[name][key]) for name in a for key in a[name])
 
 
-def test_pretraining_gives_the_same_bits_again_and_after_a_kill(tmp_path):
-    whole = run(tmp_path / "whole")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pretraining_gives_the_same_bits_again_and_after_a_kill(tmp_path, family):
+    whole = run(family, tmp_path / "whole")
     out = tmp_path / "killed"
-    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(family, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 100
     while not list(out.glob("*.pt")) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -106,8 +126,8 @@ def test_pretraining_gives_the_same_bits_again_and_after_a_kill(tmp_path):
     assert process.wait() == -signal.SIGKILL
     state = torch.load(next(out.glob("*.pt")), weights_only=True)
     assert 0 < state["step"] <= 6
-    assert same(run(out, "--resume"), whole)
-    assert not same(run(tmp_path / "other", "--seed", "4"), whole)
+    assert same(run(family, out, "--resume"), whole)
+    assert not same(run(family, tmp_path / "other", "--seed", "4"), whole)
 
 
 def test_an_unknown_family_ends_in_one_line():
