@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from posttrain.common.cli import UserError
 from posttrain.common.models import TINY, load_model, load_tokenizer
 from posttrain.common.rollout import HFEngine, Sampling
-from posttrain.common.tasks import Addition
+from posttrain.common.tasks import Arithmetic, make_task
 from posttrain.methods import opd, scope_opd
 from posttrain.methods.scope_opd import (
     Config,
@@ -274,7 +274,7 @@ def test_an_empty_response_takes_no_weight_from_the_others():
 
 def test_each_path_has_micro_batches_of_its_own_which_hold_its_rows_once():
     engine = HFEngine(load_model("addition-student", torch.device("cpu")), load_tokenizer("addition-student"))
-    rollout = engine.generate(Addition().draw(3, 0), 4, Sampling(1.0, 20), (0, 1))
+    rollout = engine.generate(make_task("addition").draw(3, 0), 4, Sampling(1.0, 20), (0, 1))
     on = {"mle": torch.arange(12) % 3 == 0, "opd": torch.arange(12) % 3 == 1}
     for limit in (1, 60, 10**6):
         batches = path_batches(rollout, on, limit)
@@ -717,7 +717,7 @@ def test_the_probe_grades_what_was_kept_and_what_the_teacher_added(capsys):
     engine = HFEngine(load_model("addition-student", torch.device("cpu")), load_tokenizer("addition-student"))
     graded = []
 
-    class Task(Addition):
+    class Task(Arithmetic):
         def grade(self, example, completion):
             graded.append((example.prompt[-1]["content"], completion, super().grade(example, completion)))
             return graded[-1][-1]
@@ -727,7 +727,7 @@ def test_the_probe_grades_what_was_kept_and_what_the_teacher_added(capsys):
             return [[self.stop_ids[0]] for _ in prompts], [[0.0] for _ in prompts]
 
     teacher, config = Silent(engine.model, engine.tokenizer), Config(group_size=4, recovery_probe=8)
-    scope_opd.recovery_probe(engine, teacher, Task(), Sampling(1.0, 20), config)
+    scope_opd.recovery_probe(engine, teacher, Task("addition", "add"), Sampling(1.0, 20), config)
     wrong, rest = [(p, text) for p, text, grade in graded[:32] if not grade], graded[32:]
     assert len(rest) == 4 * len(wrong) > 16
     for kept, part in zip(
