@@ -12,6 +12,7 @@ except ImportError:  # no wheel for this platform: the twins serve
     triton, tl = None, type("tl", (), {"constexpr": None})
 
 TILES = ((1024, 4), (4096, 8))  # columns of a row that a program holds at a time, and its warps
+ROW_REGISTERS = 128  # a thread, of row kernels: two programs of 8 warps fit on an SM
 choice = {"backend": "auto", "tile": None}
 
 
@@ -42,11 +43,13 @@ def use_backend(backend: str, tile: int | None = None):
 def tile_for(width: int) -> dict[str, int]:
     """Tile and warps of a row kernel over `width` columns: the smallest of TILES that holds a row, else the largest."""
     tile, warps = next((t for t in TILES if width <= t[0]), TILES[-1])
-    return {"TILE": choice["tile"] or tile, "num_warps": warps}
+    return {"TILE": choice["tile"] or tile, "num_warps": warps, "registers": ROW_REGISTERS}
 
 
-def launch(kernel, programs: int, near: Tensor, *args, **meta) -> None:
+def launch(kernel, programs: int, near: Tensor, *args, registers: int = 255, **meta) -> None:
     """Start one program a row (or problem) on the device of `near`; none of them is no launch."""
+    if near.is_cuda and not torch.version.hip:  # told no limit, ptxas spills a few bytes to fit more programs on an SM
+        meta["maxnreg"] = registers
     with torch.cuda.device(near.device) if near.is_cuda else contextlib.nullcontext():
         if programs:
             kernel[(programs,)](*args, **meta)

@@ -177,7 +177,9 @@ def source_of(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, voca
     x = x.reshape(-1, x.shape[-1])
     if weight is None:
         return Source(x[:, :vocab_size] if x.stride(-1) == 1 else x[:, :vocab_size].contiguous())
-    return Source(x, weight[:vocab_size], bias if bias is None else bias[:vocab_size])
+    if vocab_size not in (None, len(weight)):  # the gradient of a slice is one more [V, H]: only where it must be
+        weight, bias = weight[:vocab_size], bias if bias is None else bias[:vocab_size]
+    return Source(x, weight, bias)
 
 
 def apply(op: Any, source: Source, chunk: int | None, token_weight: Tensor | None, shape: torch.Size) -> tuple:
