@@ -171,10 +171,10 @@ class Run:
         summary |= {"method": self.method, "seconds": seconds}
         write_atomically(self.folder / "summary.json", json.dumps(summary, indent=1))
         plot(self.folder, f"{self.method} on {config.task}", lines)
-        path = RESULTS / f"{config.task}.json"
+        studies = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
         same = ("model", "steps", "prompts_per_step", "group_size", "eval_problems", "eval_samples")
-        default = path.is_file() and all(getattr(config, key) == getattr(type(config), key) for key in same)
-        stored = json.loads(path.read_text())["methods"] if default else {}
+        studies *= all(getattr(config, key) == getattr(type(config), key) for key in same)  # else none compares
+        stored = {k: v for each in studies if each.get("task") == config.task for k, v in each["methods"].items()}
         rows |= {f"{m}, stored mean of {stored[m]['seeds']} seeds": stored[m] for m in compare if m in stored}
         table = Table(title=f"{self.method} on {config.task}: {config.eval_problems} held-out problems")
         for column in ("", f"Avg@{k}", f"Pass@{k}", "greedy"):

@@ -177,7 +177,9 @@ def main(config: Config) -> None:
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     command = "python scripts/reproduce.py " + " ".join(sys.argv[1:])
-    stored = {"command": command.strip(), "versions": versions(), "target": config.target, "methods": methods}
+    task = json.loads((folders[pairs[0]] / "summary.json").read_text())["task"]
+    stored = {"task": task, "command": command.strip(), "versions": versions(), "target": config.target}
+    stored["methods"] = methods
     write_atomically(out / f"{config.study}.json", json.dumps(stored, indent=1) + "\n")
     plot(out / f"{config.study}.png", f"{config.study}: held-out Avg@k, mean ± deviation over seeds", curves)
     console.print(f"stored in {out / config.study}.json, plotted in {out / config.study}.png")
