@@ -12,19 +12,19 @@ rho = exp(logp - behaviour_logp), and [.] a constant without gradient:
     (3)  MLE_i = -sum_t m rho                                                                 --reduction
     (4)  OPD_i = sum_t m rho [logp - teacher_logp], or a KL with its own gradient             --reduction --kl
     (5)  L     = 1/P sum_x ( sum_C w_i MLE_i + sum_W w_i OPD_i )
-    (6)  L     = sum_C w m (-logp) / sum_C m + sum_W w m ppo(teacher_logp - behaviour_logp) / sum m   --objective repo
+    (6)  L     = sum_C w m (-logp) / sum_C m + sum_W w m max(-A rho, -A clip(rho, 0.8, 1.2)) / sum m  --objective repo
+               with A = teacher_logp - behaviour_logp, and at most -3 A where A < 0; another --kl: over sum_W m
 
 Differs from opd.py in: the reward routes the rows, correct ones have no teacher, and rows compete for weights.
 
 Good to know
-- Weights are constants. Each path has a mass of 1 a prompt whatever the success rate; where the few rows of a subset
-  have similar perplexities, weights are near uniform: watch scope/mle_ess and scope/opd_ess.
-- The loss is no progress signal: on-policy, MLE_i is minus the row's length.
-- The released scripts: --objective repo --weight-scale mean1 --temperature 0.6 --teacher-temperature 1, and, contrary
-  to the paper, --student-weights opposite. In (6) the first part weighs 1 however few rows are correct.
+- Each path has a mass of 1 a prompt, whatever the success rate. Where the few rows of a subset are alike, weights are
+  near uniform: watch scope/mle_ess and scope/opd_ess. The loss is no progress signal.
+- The released scripts: --objective repo --temperature 0.6 --teacher-temperature 1, and, contrary to the paper,
+  --student-weights opposite. In (6), whose weights average 1, imitation weighs 1 however few rows are correct.
 - A trap: student at 0.6 against teacher at 1 has its optimum at a student that is flatter than the teacher.
 - Loops that are cut by length are wrong and easy to predict, so (2) may favour them: --drop-truncated.
-- Left out: several optimizer steps a batch (the paper has one, so rho is 1 and no clip acts).
+- Left out: several optimizer steps a batch. With one, as in the paper, rho is 1 up to rounding and no clip acts.
 
 Run: python methods/scope_opd.py        Expected: see the table of results in README.md.
 """
@@ -90,8 +90,8 @@ class Config:
     student_weights: Weights = "paper"  # Eq. 1; opposite favours correct rows that the student finds likely
     teacher_weights: Weights = "paper"  # Eq. 2; opposite favours wrong rows that the teacher finds unlikely
     tau: float = 1.0  # temperature of both weights (paper: 0.5, 1, 2)
-    weight_scale: Literal["sum1", "mean1"] = "sum1"  # of a subset's weights; released code: mean1
-    kl: Literal["k1", "k3", "topk", "full"] = "k1"  # Eq. 4 on wrong rows: sampled token, teacher's K likeliest, all
+    weight_scale: Literal["auto", "sum1", "mean1"] = "auto"  # of a subset's weights: sum1, with --objective repo mean1
+    kl: Literal["k1", "k3", "topk", "full"] = "k1"  # Eq. 4: sampled token (k1, k3), teacher's K likeliest, or all
     top_k: int = 16  # K; student and teacher are renormalised over them, blind to the rest
     reduction: Literal["token_sum", "token_mean"] = "token_sum"  # of a row in Eq. 3-4; a sum favours long rows
     teacher_temperature: float = 0.0  # of the teacher's log-probs; 0 = --temperature (released code: 1)
@@ -106,7 +106,7 @@ def mean_logps(logps: Tensor, loss_mask: Tensor) -> Tensor:
 
 
 def paths(reward: Tensor, usable: Tensor, routing: str) -> dict[str, Tensor]:
-    """Which rows are imitated (reward above 0) and which distilled; those not usable or with reward NaN, neither."""
+    """Which rows are imitated (reward above 0), which distilled. Reward NaN: neither, but for routing none.  -> [N]"""
     if routing == "none":
         return {"mle": torch.zeros_like(usable), "opd": usable}
     return {"mle": usable & (reward > 0), "opd": usable & (reward <= 0)}  # [N] bool each
@@ -114,9 +114,7 @@ def paths(reward: Tensor, usable: Tensor, routing: str) -> dict[str, Tensor]:
 
 def path_weights(score: Tensor, path: Tensor, group: Tensor, how: str, tau: float, scale: str) -> Tensor:
     """Eq. 1 with score -s, Eq. 2 with score q: softmax over the rows of a group on the path, 0 elsewhere.
-
-    score [N], path [N] bool, group [N] -> [N], no gradient. Student perplexities 1.2, 1.5, 2.0 on the correct path
-    give 0.255, 0.319, 0.426; teacher perplexities 1.361, 1.755, 2.383 on the wrong one give 0.426, 0.331, 0.243.
+    score [N], path [N] bool, group [N] -> [N], no gradient. Student perplexities 1.2, 1.5, 2 give .255, .319, .426.
     """
     group = group.unique(return_inverse=True)[1]
     score = score.detach() * {"paper": 1, "uniform": 0, "opposite": -1}[how]
@@ -125,6 +123,17 @@ def path_weights(score: Tensor, path: Tensor, group: Tensor, how: str, tau: floa
     mass = torch.where(path, ((score - best) / tau).exp(), 0)  # 1 for the best row, so that any sum is at least 1
     weights = mass / zeros.index_add(0, group, mass)[group].clamp(min=1)
     return weights * zeros.index_add(0, group, path.to(score))[group] if scale == "mean1" else weights
+
+
+def adaptive_weights(s: Tensor, q: Tensor, on: dict[str, Tensor], group: Tensor, config: Config) -> dict[str, Tensor]:
+    """Eq. 1 and 2 from the rows' mean logps under student and teacher.  [N], [N], bool [N] each, [N] -> [N] by path"""
+    if config.routing == "none":
+        return {path: rows.to(s) for path, rows in on.items()}
+    tau = config.tau if config.weighting == "perplexity" else math.inf  # infinite = uniform
+    usual = {"paper": "sum1", "repo": "mean1"}[config.objective]
+    scale = usual if config.weight_scale == "auto" else config.weight_scale
+    how = {"mle": (-s, config.student_weights), "opd": (q, config.teacher_weights)}
+    return {path: path_weights(score, on[path], group, kind, tau, scale) for path, (score, kind) in how.items()}
 
 
 def imitation_loss(logps: Tensor, behaviour_logps: Tensor, objective: str) -> Tensor:
@@ -176,9 +185,7 @@ def row_weights(weights: dict[str, Tensor], loss_mask: Tensor, config: Config) -
 
 def signal_metrics(on: dict[str, Tensor], weights: dict[str, Tensor], group: Tensor) -> dict[str, float]:
     """How prompts split into paths and how far weights are from uniform.  bool [N] each, [N] each, [N]
-
-    ess: effective sample size (sum w)^2 / sum w^2 over the subset's rows, mean over subsets of two or more rows;
-    max: largest weight over its subset's mean. Both are 1 where weights are uniform.
+    ess: effective sample size (sum w)^2 / (n sum w^2), mean over subsets of n > 1 rows; max: largest over mean weight.
     """
     group = group.unique(return_inverse=True)[1]
     zeros = weights["mle"].new_zeros(int(group.max()) + 1)
@@ -200,10 +207,9 @@ def path_batches(rollout: Rollout, on: dict[str, Tensor], max_tokens: int) -> li
     return [(path, at[rows]) for path, at in chosen.items() for rows in micro_batches(rollout[at], max_tokens)]
 
 
-def recovery_probe(engine, teacher_engine, task: Task, sampling: Sampling, config: Config) -> dict[str, float]:
-    """Why Eq. 2: how often the teacher, going on from the first 20 to 80% of a wrong response, ends at a correct one.
-
-    On held-out problems, by quartile of the teacher's perplexity of the whole response, lowest first; prints the table.
+def recovery_probe(engine, teacher_engine, task: Task, sampling, vocab_size: int, config: Config) -> dict[str, float]:
+    """Why Eq. 2: how often the teacher, going on from the first 20 to 80% of a wrong response, ends at a correct one,
+    by quartile of its perplexity of the whole response, lowest first. On held-out problems; prints the table.
     """
     key, tokenizer = (config.seed, 0, 3), engine.tokenizer
     rollout = engine.generate(task.heldout(config.recovery_probe), config.group_size, sampling, key)
@@ -212,7 +218,8 @@ def recovery_probe(engine, teacher_engine, task: Task, sampling: Sampling, confi
     require(len(wrong) >= 4, "--recovery-probe found fewer than 4 wrong responses, too few for quartiles: raise it")
     prompts = [encode(teacher_engine.tokenizer, example.prompt) for example in wrong.examples]
     seen = under_prompts(wrong, prompts, tokenizer.pad_token_id)
-    logps, _ = score(teacher_engine.model, seen, config.micro_batch_tokens, sampling.temperature)
+    heat = config.teacher_temperature or config.temperature
+    logps, _ = score(teacher_engine.model, seen, config.micro_batch_tokens, heat, vocab_size)
     perplexity, order = (-mean_logps(logps, seen.loss_mask)).exp().sort()
     seen, prompts = seen[order], [prompts[i] for i in order.tolist()]
     quartiles = [{"perplexity": part.mean().item()} for part in perplexity.tensor_split(4)]
@@ -238,8 +245,8 @@ def check(config: Config) -> None:
     weighed = chosen or config.weighting == "none" or config.weight_scale == "mean1"
     plain = "--routing none gives each row weight 1: leave out --weighting, --weight-scale, --tau and the --...-weights"
     require(config.routing == "correctness" or not weighed, plain)
-    summed = config.objective == "paper" or config.reduction == "token_sum"
-    require(summed, "--reduction belongs to --objective paper: the repo's is a mean over the batch's tokens")
+    averaged = config.objective == "repo" and config.reduction == "token_mean"
+    require(not averaged, "--reduction belongs to --objective paper: the repo's is a mean over the batch's tokens")
     require(config.kl != "topk" or config.top_k > 1, "--top-k 1: the KL over one renormalised token is always 0")
 
 
@@ -266,7 +273,7 @@ def main(config: Config) -> None:
     if not done:
         goal, start = run.evaluate(0, teacher_engine, task, "teacher"), run.evaluate(0, engine, task)
         if config.recovery_probe:
-            start |= recovery_probe(engine, teacher_engine, task, sampling, config)
+            start |= recovery_probe(engine, teacher_engine, task, sampling, vocab_size, config)
         run.log(0, start | {f"teacher/{key}": value for key, value in goal.items()})
 
     for step in run.steps(done):
@@ -291,24 +298,18 @@ def main(config: Config) -> None:
             heat = config.teacher_temperature or config.temperature
             logps, _ = score(teacher, seen[rows], config.micro_batch_tokens, heat, vocab_size)
             teacher_logps[rows] = carry(logps, seen[rows], rollout[rows])
-        finite = bool(teacher_logps.isfinite().all())  # a failed teacher must not pass for a certain one
-        require(finite, f"step {step}: the teacher's log-probs are not finite; choose another, or --dtype float32")
+        failed = f"step {step}: the teacher's log-probs are not finite; choose another, or --dtype float32"
+        require(teacher_logps.isfinite().all(), failed)  # 0 would pass for certainty
         clock.append(time.perf_counter())
 
         # --- weigh
         s, q = mean_logps(behaviour_logps, mask), mean_logps(teacher_logps, mask)  # [N], minus the log perplexities
-        tau = config.tau if config.weighting == "perplexity" else math.inf  # infinite = uniform
-        weights = {
-            "mle": path_weights(-s, on["mle"], rollout.group, config.student_weights, tau, config.weight_scale),
-            "opd": path_weights(q, on["opd"], rollout.group, config.teacher_weights, tau, config.weight_scale),
-        }
-        if config.routing == "none":
-            weights["opd"] = on["opd"].to(q)
+        weights = adaptive_weights(s, q, on, rollout.group, config)  # [N] by path
 
         # --- update
         stats = Stats()
         c = row_weights(weights, mask, config)
-        n_wrong = mask[on["opd"]].sum().clamp(min=1)
+        n_distilled = mask[on["opd"]].sum().clamp(min=1)
         for path, rows in path_batches(rollout, on, config.micro_batch_tokens):
             batch, m = rollout[rows], mask[rows]
             hidden = sampled_hidden(policy, batch)
@@ -328,7 +329,7 @@ def main(config: Config) -> None:
             stats.add("loss/total", loss)
             stats.add(f"loss/{path}", loss)
             if path == "opd":
-                stats.add("teacher/kl", ((logps - teacher_logps[rows]) * m).sum() / n_wrong)
+                stats.add("teacher/kl", ((logps - teacher_logps[rows]) * m).sum() / n_distilled)
             stats.tokens(m, {"train/entropy": entropy})
             stats.engine(m, logps, behaviour_logps[rows])
         metrics = rollout_metrics(rollout, reward, task) | optimizer.step(step)

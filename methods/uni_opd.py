@@ -59,7 +59,7 @@ class Config:
     group_size: int = 16  # G, responses per prompt (paper: 16)
     max_new_tokens: int = 20  # L_max
     temperature: float = 1.0  # of sampling and of every log-prob in training
-    lr: float = 1e-4  # for the tiny default; 1e-6 for a real model, 1e-4 with LoRA
+    lr: float = 1e-4  # for the tiny default (paper: 1e-6); 1e-6 for a real model, 1e-4 with LoRA
     warmup: int = 10  # steps of linear warm-up (paper: 5)
     schedule: Schedule = "linear"  # of the learning rate (paper: constant)
     max_grad_norm: float = 1.0  # clip
@@ -80,17 +80,13 @@ class Config:
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
     # --- this method
     domain_column: str = "domain"  # data column that names each problem's domain
-    domain_weights: str = (
-        ""  # of the loss, in the order of --teacher's domains, such as 2,1; empty = as the data has them
-    )
+    domain_weights: str = ""  # of the loss, in the order of --teacher's domains: 2,1; empty = as the data has them
     routing: Literal["domain", "average"] = "domain"  # Eq. 7; average: the mean of all teachers' log-probs, a control
     online_balance: Literal["none", "group", "global"] = "group"  # Eq. 5 in each prompt's group or in the whole batch
     balance_ratio: float = 1.0  # q; 0 keeps incorrect rows only, inf correct ones only
     margin: Literal["none", "shift", "mask"] = "shift"  # Eq. 3, Eq. 4, or plain OPD
     margin_mode: Literal["mean", "minmax"] = "mean"  # Eq. 2 (the paper's text has minmax, its runs mean)
-    margin_direction: Literal["both", "correct_up", "incorrect_down"] = (
-        "both"  # which side Eq. 3 moves, by lambda in all
-    )
+    margin_direction: Literal["both", "correct_up", "incorrect_down"] = "both"  # sides that Eq. 3 moves
     margin_scope: Literal["group", "global"] = "group"  # one margin a prompt or one for the batch
     margin_delta: float = 4.0  # nats a token; below 0 tolerates some disorder (paper: 0.4; multimodal: 0, correct_up)
     margin_stats: Literal["all", "kept"] = "all"  # Eq. 2 over all rows or only over those that Eq. 5 keeps
@@ -237,8 +233,8 @@ def main(config: Config) -> None:
         return name
 
     problems = task.heldout(config.eval_problems)
-    for example in [*problems, *task.draw(256, config.seed)]:
-        teacher_of(example)  # a domain without a teacher is told now
+    for example in [*problems, *(getattr(task, "train", None) or task.draw(256, config.seed))]:
+        require(config.routing == "average" or teacher_of(example), "")  # a domain without a teacher is told now
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     teachers = {name: HFEngine(load_model(name, device, config.dtype, train=False), load_tokenizer(name))
@@ -258,7 +254,9 @@ def main(config: Config) -> None:
             own = [example for example in problems if teacher_of(example) == name]
             measured = run.evaluate(0, teacher, task, f"teacher {name}", own) if own else {}
             for key, value in measured.items():
-                goal[key] = goal[key] + value * len(own) / len(problems) if key in EVAL_KEYS else value
+                part = value * len(own) / len(problems)  # standard errors of different problems add in squares
+                whole = math.hypot(goal.get(key, 0), part) if key.endswith("_se") else goal.get(key, 0) + part
+                goal[key] = whole if key in EVAL_KEYS else value
         run.log(0, run.evaluate(0, engine, task) | {f"teacher/{key}": value for key, value in goal.items()})
 
     for step in run.steps(done):
@@ -282,6 +280,7 @@ def main(config: Config) -> None:
                 prompts = [encode(teacher.tokenizer, rollout.examples[i].prompt) for i in own]
                 seen = under_prompts(rollout[rows], prompts, tokenizer.pad_token_id)  # in this teacher's template
                 logps, _ = score(teacher.model, seen, limit, config.temperature, vocab_size)
+                require(logps.isfinite().all(1).any(), f"step {step}: {name!r} scores nothing; choose another teacher")
                 teacher_logps[rows] += share * carry(logps, seen, rollout[rows])
         clock.append(time.perf_counter())
 
@@ -294,7 +293,8 @@ def main(config: Config) -> None:
         scopes = {"group": group, "global": group * 0}
         if config.online_balance != "none":
             noise = torch.Generator().manual_seed(seed_of(config.seed, step, 1))
-            keep = known & balance(right, scopes[config.online_balance], config.balance_ratio, noise)
+            scope = scopes[config.online_balance][known]  # rows that carry no loss anyhow must not tip the balance
+            keep = known.masked_scatter(known, balance(right[known], scope, config.balance_ratio, noise))
         counted = keep if config.margin_stats == "kept" else known
         correct, incorrect = right & counted, (rollout.reward < CORRECT) & counted  # NaN is in neither
         before = order_metrics(returns, correct, incorrect, group, "before")
@@ -306,7 +306,7 @@ def main(config: Config) -> None:
             advantages = (token_reward + shift[:, None]) * mask
         elif config.margin == "mask":
             use = margin_mask(returns, *sides, delta, config.margin_mode, config.mask_retain)
-            keep, correct, incorrect = keep & use, correct & use, incorrect & use
+            advantages, correct, incorrect = token_reward * use[:, None], correct & use, incorrect & use
         after = order_metrics(advantages.sum(1) / mask.sum(1).clamp(min=1), correct, incorrect, group, "after")
         lam = (delta - margin[~margin.isnan()]).clamp(min=0)  # of two-sided groups
         domains = [str(example.fields.get(config.domain_column, "all")) for example in rollout.examples]

@@ -17,7 +17,6 @@ Run: pip install -r requirements.txt -r requirements-bench.txt
      python scripts/bench_kernels.py --shapes large --dtype bfloat16          (a GPU of 80 GB)
 """
 
-import contextlib
 import importlib.util
 import json
 import logging
@@ -462,14 +461,13 @@ def least_products(x: SimpleNamespace) -> Callable | None:
     return multiply if products else None
 
 
-def copy_speed(device: torch.device) -> float:
+def copy_speed(device: torch.device, clock: str) -> float:
     """Bytes a second that a copy of 256 MB reads and writes."""
     a, b = torch.zeros(2, 2**26, device=device)
-    walls = [turn(lambda _: (b.copy_(a)[0], {}), SimpleNamespace(), device)["wall"] for _ in range(6)]
-    return 2 * a.nbytes / min(walls)
+    return 2 * a.nbytes / min(turn(lambda _: (b.copy_(a)[0], {}), SimpleNamespace(), device)[clock] for _ in range(6))
 
 
-def measure(section: str, shape: str, config: Config, device: torch.device, speed: float) -> dict[str, Any]:
+def measure(section: str, shape: str, config: Config, device: torch.device, clock: str, speed: float) -> dict[str, Any]:
     torch.compiler.reset()  # its limit of variants of one function then holds for a table and not for the whole run
     x = make_inputs(section, shape, device, getattr(torch, config.dtype))
     exact, works, rows = reference(section, x), {}, {}
@@ -500,7 +498,6 @@ def measure(section: str, shape: str, config: Config, device: torch.device, spee
         with ThreadPoolExecutor(2) as pool:
             for name, answer in zip(works, pool.map(partial(ask_child, section, shape), works), strict=True):
                 rows[name] |= answer
-    clock = "cpu" if device.type == "cpu" and config.threads == 1 else "wall"
     work = rows.pop("floor")[clock]["median"] if "floor" in rows else 0.0
     floor = {"products_seconds": work, "least_bytes": least_bytes, "seconds": max(work, least_bytes / speed)}
     targets = judge(section, rows, clock) if shape == SECTIONS[section][1] else []
@@ -563,7 +560,8 @@ def main(config: Config) -> None:
         device = torch.empty(0, device=auto if config.device == "auto" else config.device).device
     except (RuntimeError, AssertionError) as why:
         raise UserError(f"no device {config.device!r} here ({first_line(why)}); try --device cpu") from None
-    console, speed = Console(width=None if sys.stdout.isatty() else 140, highlight=False), copy_speed(device)
+    clock = "cpu" if device.type == "cpu" and config.threads == 1 else "wall"
+    console, speed = Console(width=None if sys.stdout.isatty() else 120, highlight=False), copy_speed(device, clock)
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else model[1] if model else platform.machine()
@@ -574,15 +572,15 @@ def main(config: Config) -> None:
         for shape in {"default": default, "small": [SMALL], "large": [LARGE]}[config.shapes]:
             letters = {part[0] for part in default[0].split()}
             shape = " ".join(part for part in shape.split() if part[0] in letters)
-            tables.append(measure(section, shape, config, device, speed))
+            tables.append(measure(section, shape, config, device, clock, speed))
             show(console, tables[-1])
     if config.out:
         from posttrain.common.run import versions, write_atomically  # it loads transformers: not in each child
 
-        found = versions()
-        for peer in ("triton", "trl", "liger-kernel", "cut-cross-entropy", "verl", "POT"):
-            with contextlib.suppress(metadata.PackageNotFoundError):
-                found[peer] = metadata.version(peer)
+        peers = ("triton", "trl", "liger_kernel", "cut-cross-entropy", "verl", "POT")
+        found = versions() | {
+            package.name: package.version for package in metadata.distributions() if package.name in peers
+        }
         stored = {"command": " ".join(["python", "scripts/bench_kernels.py", *sys.argv[1:]]), "machine": machine}
         stored |= {"versions": found, "config": vars(config), "copy_bytes_per_second": speed, "tables": tables}
         write_atomically(Path(config.out), json.dumps(stored, indent=1) + "\n")

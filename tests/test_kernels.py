@@ -862,6 +862,20 @@ def test_topk_divergence_equals_dense_float64(kind, beta, tail, chunk):
     compare(ours, dense, [rand(4, 5), rand(11, 5, seed=1), rand(11, seed=2)])
 
 
+@pytest.mark.parametrize("kind,beta", KINDS)
+def test_topk_whose_only_listed_token_the_student_masks(kind, beta):
+    """Outcomes: that token with p = 0, q = 0.3, and the bucket with p = 1, q = 0.7."""
+    logits, q = torch.tensor([[0.5, -INF, 1.0]]).double().requires_grad_(), 0.3
+    value = topk_divergence(logits, torch.tensor([[1]]), torch.tensor([[q]]).double().log(), kind, beta)
+    mix = beta * (1 - q) + 1 - beta
+    jsd = beta * (q * -math.log(beta) + (1 - q) * math.log((1 - q) / mix)) - (1 - beta) * math.log(mix)
+    assert value.item() == pytest.approx({"forward_kl": INF, "reverse_kl": -math.log(1 - q), "jsd": jsd}[kind])
+    value.backward()
+    rest = logits.detach().softmax(-1)
+    rest[0, 1] = -1
+    torch.testing.assert_close(logits.grad, q * rest if kind == "forward_kl" else 0 * rest)
+
+
 def test_topk_over_the_whole_vocabulary_is_the_full_divergence():
     ids, teacher = torch.arange(6).expand(3, 6), rand(3, 6, seed=3).log_softmax(-1)
     for kind, beta in KINDS:

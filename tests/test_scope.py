@@ -20,6 +20,7 @@ from posttrain.common.tasks import Arithmetic, make_task
 from posttrain.methods import opd, scope_opd
 from posttrain.methods.scope_opd import (
     Config,
+    adaptive_weights,
     check,
     distillation_loss,
     imitation_loss,
@@ -60,13 +61,7 @@ def weights_of(b, config):
     """The headings score and weigh of main."""
     on = paths(b.reward, b.mask.sum(1) > 0, config.routing)
     s, q = mean_logps(b.behaviour, b.mask), mean_logps(b.teacher, b.mask)
-    tau = config.tau if config.weighting == "perplexity" else math.inf
-    weights = {
-        "mle": path_weights(-s, on["mle"], b.group, config.student_weights, tau, config.weight_scale),
-        "opd": path_weights(q, on["opd"], b.group, config.teacher_weights, tau, config.weight_scale),
-    }
-    if config.routing == "none":
-        weights["opd"] = on["opd"].to(q)
+    weights = adaptive_weights(s, q, on, b.group, config)
     return on, weights
 
 
@@ -104,12 +99,13 @@ def loss_by_loop(b, config):
     w = [0.0] * n_rows
     correct = [config.routing != "none" and r > 0 for r in b.reward.tolist()]
     wrong = [config.routing == "none" or r <= 0 for r in b.reward.tolist()]
+    mean1 = config.weight_scale == "mean1" or (config.weight_scale, config.objective) == ("auto", "repo")
     for x in prompts:
         for chosen, logps, power in ((correct, b.behaviour, student), (wrong, b.teacher, teacher)):
             rows = [i for i in range(n_rows) if b.group[i] == x and tokens[i] and chosen[i]]
             ppl = [math.exp(-sum(logps[i, j].item() for j in tokens[i]) / len(tokens[i])) for i in rows]
             for i, share in zip(rows, weights_by_loop(ppl, power), strict=True):
-                w[i] = share * (len(rows) if config.weight_scale == "mean1" else 1)
+                w[i] = share * (len(rows) if mean1 else 1)
                 w[i] = 1.0 if config.routing == "none" else w[i]
     everything = sum(len(row) for row in tokens)
     on_correct, on_wrong = (
@@ -146,7 +142,8 @@ def loss_by_loop(b, config):
 def test_higher_student_perplexity_among_correct_rows_gets_the_larger_weight():
     """The released scripts do the reverse."""
     s = f64([-0.1, -0.7, -0.4])
-    w = path_weights(-s, torch.ones(3, dtype=torch.bool), torch.zeros(3), "paper", 1.0, "sum1")
+    on = {"mle": torch.ones(3, dtype=torch.bool), "opd": torch.zeros(3, dtype=torch.bool)}
+    w = adaptive_weights(s, -s, on, torch.zeros(3), Config())["mle"]
     assert w[1] > w[2] > w[0] > 0
     assert (Config().student_weights, Config().teacher_weights) == ("paper", "paper")
 
@@ -172,6 +169,14 @@ def test_hand_numbers_of_the_weights(tau, student, teacher):
     torch.testing.assert_close(ours, f64(student), rtol=0, atol=5.1e-5)
     theirs = path_weights(-f64([1.361, 1.755, 2.383]).log(), every, group, "paper", tau, "sum1")
     torch.testing.assert_close(theirs, f64(teacher), rtol=0, atol=5.1e-5)
+
+
+def test_weights_average_one_under_the_repos_objective_unless_told_otherwise():
+    b = random_batch()
+    sums = [weights_of(b, Config(objective=o, weight_scale=scale))[1]["mle"].sum().item()
+            for o, scale in (("paper", "auto"), ("paper", "sum1"), ("repo", "auto"), ("repo", "mean1"))]  # fmt: skip
+    assert sums[0] == sums[1] == pytest.approx(sum((b.reward[b.group == g] > 0).any().item() for g in b.group.unique()))
+    assert sums[2] == sums[3] == pytest.approx(float((b.reward > 0).sum()))
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 1.0, 2.0])
@@ -668,10 +673,11 @@ def test_a_response_without_tokens_takes_no_path(spy, tmp_path, monkeypatch):
 
 
 def test_a_group_of_one_runs_with_weights_of_one(spy, tmp_path):
-    spy(tmp_path / "run", group_size=1, prompts_per_step=24)
+    got = spy(tmp_path / "run", group_size=1, prompts_per_step=24)
     row = lines(tmp_path / "run")[1]
     assert row["scope/mixed"] == 0 and row["scope/all_correct"] + row["scope/all_wrong"] == 1
     assert row["scope/mle_ess"] == row["scope/opd_ess"] == row["scope/opd_max"] == 1 and row["optim/grad_norm"] > 0
+    assert row["loss/mle"] == pytest.approx(-got["rollout"].loss_mask[got["rollout"].reward > 0].sum().item() / 24)
 
 
 @pytest.mark.parametrize(("reward", "path"), [("1.0", "mle"), ("0.0", "opd")])
@@ -727,7 +733,7 @@ def test_the_probe_grades_what_was_kept_and_what_the_teacher_added(capsys):
             return [[self.stop_ids[0]] for _ in prompts], [[0.0] for _ in prompts]
 
     teacher, config = Silent(engine.model, engine.tokenizer), Config(group_size=4, recovery_probe=8)
-    scope_opd.recovery_probe(engine, teacher, Task("addition", "add"), Sampling(1.0, 20), config)
+    scope_opd.recovery_probe(engine, teacher, Task("addition", "add"), Sampling(1.0, 20), 98, config)
     wrong, rest = [(p, text) for p, text, grade in graded[:32] if not grade], graded[32:]
     assert len(rest) == 4 * len(wrong) > 16
     for kept, part in zip(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from posttrain.common.cli import UserError
 from posttrain.common.rollout import assemble
 from posttrain.common.scoring import sampled_hidden, token_logps
 from posttrain.methods import grpo, opd, uni_opd
@@ -558,8 +559,9 @@ def test_masked_rows_have_no_loss_and_the_others_plain_opd(taken_apart, mode):
     seen = taken_apart(**flags)
     _, returns, correct, incorrect, group = weighed_by_loop(seen, Config(**SMALL))
     use = mask_by_loop(returns, correct, incorrect, group, 0.5, mode, 0.25)
-    assert seen.keep.tolist() == use and not all(use)
-    assert torch.equal(seen.advantages, (seen.teacher - seen.old) * seen.batch.loss_mask)
+    assert seen.keep.all() and not all(use)  # A = 0, but they stay in the balance's count
+    used = torch.tensor(use)[:, None]
+    assert torch.equal(seen.advantages, (seen.teacher - seen.old) * seen.batch.loss_mask * used)
 
 
 def test_changing_one_teacher_changes_nothing_on_the_other_domain(taken_apart):
@@ -606,6 +608,28 @@ def test_a_row_that_the_teacher_cannot_score_is_out_of_statistics_and_loss(taken
     sides = ((reward == 1) & seen.keep, (reward < 1) & seen.keep, group)
     shift = shift_by_loop(r.sum(1) / mask.sum(1), *sides, 4.0, "mean", "both")
     torch.testing.assert_close(seen.advantages.double(), (r + shift[:, None]) * mask, rtol=1e-4, atol=1e-4)
+
+
+def test_a_correct_row_that_the_teacher_cannot_score_does_not_tip_the_balance(taken_apart):
+    def fail(model, rollout, logps):
+        logps = logps.clone()
+        rows = ((rollout.reward == 1) & (rollout.group == rollout.group[rollout.reward == 1][0])).nonzero()[:1]
+        logps[rows, rollout.loss_mask[rows[0, 0]].argmax()] = -INF
+        return logps
+
+    def reward(examples, texts):
+        return [float(i % 8 < 3) for i in range(len(texts))]  # 3 correct, 5 not
+
+    seen = taken_apart(scored=fail, reward=reward)
+    for g in range(12):
+        kept = seen.batch.reward[(seen.batch.group == g) & seen.keep]
+        assert (kept == 1).sum() == (kept == 0).sum() >= 2
+    assert (~seen.keep & (seen.batch.reward == 1)).any()
+
+
+def test_a_teacher_that_scores_nothing_ends_the_run(taken_apart):
+    with pytest.raises(UserError, match="scores nothing"):
+        taken_apart(scored=lambda model, rollout, logps: logps.masked_fill(rollout.loss_mask > 0, -INF))
 
 
 def test_a_row_without_grade_is_on_neither_side_and_incorrect_for_the_balance(taken_apart):
