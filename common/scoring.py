@@ -18,7 +18,7 @@ def lm_head(model: nn.Module) -> dict[str, Any]:
     """The LM head as arguments of `kernels/`: weight [V, H], bias [V] or None, softcap or None (Gemma-2)."""
     head, dtype = plain(model).get_output_embeddings(), getattr(model, "autocast_dtype", None)
     weight = head.weight.to(dtype or head.weight.dtype)  # as autocast would; the logits are fp32 all the same
-    softcap = getattr(plain(model).config, "final_logit_softcapping", None)
+    softcap = getattr(plain(model).config.get_text_config(), "final_logit_softcapping", None)
     return {"weight": weight, "bias": getattr(head, "bias", None), "softcap": softcap}
 
 
@@ -34,7 +34,7 @@ def sampled_hidden(model: nn.Module, rollout: Rollout, **inputs: Any) -> Tensor:
         # Padding is on the right and attention is causal, so no real token sees it: no mask, the fast path.
         hidden = plain(model).base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
     hidden = hidden[:, :-1][sampled[:, 1:]]  # the only shift in the project: position t-1 predicts token t
-    config = plain(model).config  # Cohere multiplies its logits, Granite divides them
+    config = plain(model).config.get_text_config()  # Cohere multiplies its logits, Granite divides them
     hidden = hidden * (getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
     return hidden.to(getattr(model, "autocast_dtype", None) or hidden.dtype)
 

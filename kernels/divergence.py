@@ -1,6 +1,6 @@
 """Divergences between student p and teacher q over the whole vocabulary, from logits or hidden states and LM heads.
 
-    kind         D                                             dD/dx_v of the student, x = logits / T
+    kind         D                                             dD/dx_v, x = c / T of the student (c: logprob.py)
     forward_kl   sum q (log q - log p)                         p_v - q_v
     reverse_kl   sum p (log p - log q)                         p_v (log p_v - log q_v - D)
     jsd          beta KL(q|m) + (1-beta) KL(p|m)               (1-beta) p_v (log p_v - log m_v - KL(p|m))

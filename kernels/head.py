@@ -7,8 +7,8 @@ h [N, H] hidden states, W [V, H] and b [V] the head, g = dL/dD, and R rows at a 
     backward    da = g dD/da     dh = da W     dW = sum over chunks da^T h     db = sum over rows da
 
 The plain version keeps a, its softmax and da of all N rows: 3 N V floats. Here one buffer of R V floats is reused (two
-with a teacher), and da overwrites a. Three ways, by what is known when, and their products of N H V multiply-adds, with
-a frozen head in brackets (plain: 3 [2]):
+with a teacher, which adds a product a pass), and da overwrites a (bf16 on a GPU: it has a bf16 buffer). Three ways, by
+what is known when, and their products of N H V multiply-adds, with a frozen head in brackets (plain: 3 [2]):
 
     two-phase     g comes with the backward, which computes a again.                                          4 [3]
     one-pass      token weights g are given: da, dh, dW in the forward; the backward multiplies by a scalar.  3 [2]
@@ -52,9 +52,11 @@ class Source(NamedTuple):
 
     @property
     def half(self) -> bool:
-        """Whether the GEMMs take half-precision operands (into fp32 sums: GPUs only); else tiles are cast up first."""
-        gpu, kind = self.x.device.type in ("cuda", "xpu"), self.x.dtype
-        return gpu and self.weight is not None and kind == self.weight.dtype and kind.itemsize == 2
+        """Whether the GEMMs take bf16 operands (into fp32 sums: GPUs only). Else tiles are cast up first; fp16 too, in
+        whose range a gradient of 1/N a token underflows.
+        """
+        gpu = self.x.device.type in ("cuda", "xpu") and self.weight is not None
+        return gpu and self.x.dtype == self.weight.dtype == torch.bfloat16
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         step = COLUMNS if self.x.device.type == "cpu" else self.width
@@ -76,11 +78,12 @@ class Source(NamedTuple):
 
     def pull_back(self, rows: slice, da: Tensor, dx: Tensor | None, dweight: Tensor | None, dbias: Tensor | None):
         """Add da [R, V] to the gradients that are wanted."""
+        h = self.hidden(rows)
         for columns, weight in self.tiles():
             if dx is not None:
                 multiply(dx[rows], da[:, columns], weight, add=columns.start > 0)
             if dweight is not None:
-                multiply(dweight[columns], da[:, columns].T, self.hidden(rows), add=rows.start > 0)
+                multiply(dweight[columns], da[:, columns].T, h, add=rows.start > 0)
         if dbias is not None:
             dbias += da.sum(0, dtype=dbias.dtype)
 
@@ -137,12 +140,13 @@ class Rows(torch.autograd.Function):
         student = Source(*source)
         if all(g is None for g in upstream):
             return (None,) * 7
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph: keep ours as they are
+        ctx.grads = grads if again else None
         if ctx.known:
-            again = torch._C._autograd._get_current_graph_task_keep_graph()  # retain_graph: keep ours as they are
-            ctx.grads = grads if again else None
             grads = [g if g is None else g * upstream[0] if again else g.mul_(upstream[0]) for g in grads]
         elif grads and all(g is None for g in upstream[1:]):
-            grads = [grads[0] * upstream[0][:, None], None, None]
+            g = upstream[0][:, None]
+            grads = [torch.where(g == 0, 0, grads[0] * g), None, None]  # a row without weight may be infinite
         else:
             grads = new_gradients(student, ctx.needs_input_grad[4:])
             for rows, logits in chunks(ctx.chunk, student, *([ctx.op.teacher] if ctx.op.teacher else [])):
@@ -153,10 +157,11 @@ class Rows(torch.autograd.Function):
 
 
 def new_gradients(source: Source, need: list[bool]) -> list[Tensor | None]:
-    """What the chunks fill: sums in fp32, except that given logits' gradient has their own dtype."""
-    like = [x if needed else None for x, needed in zip(source, need, strict=True)]
+    """What the chunks fill: sums in fp32, but given logits' gradient in their own dtype. Only db starts at 0."""
     dtype = source.x.dtype if source.weight is None else source.dtype
-    return [x if x is None else torch.zeros_like(x, dtype=dtype).contiguous() for x in like]
+    new = (torch.empty_like, torch.empty_like, torch.zeros_like)
+    like = zip(new, source, need, strict=True)
+    return [f(x, dtype=dtype, memory_format=torch.contiguous_format) if needed else None for f, x, needed in like]
 
 
 def run(op: Any, source: Source, rows: slice, logits: list[Tensor], saved: Any, g: Any, grads: list | None) -> Any:

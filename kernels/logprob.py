@@ -22,14 +22,14 @@ from posttrain.kernels.backend import backend_for, jit, launch, tile_for, tl
 from posttrain.kernels.head import Source, apply, check, chunks, source_of
 
 NEVER = -1000.0  # nats; exp of it is 0 in every dtype, and 0 * NEVER is 0 where 0 * -inf is NaN
-BLOCK_ELEMENTS = 2**17  # the twins work on as many rows at a time as stay in a core's cache
+BLOCK_ELEMENTS = {"cpu": 2**17}  # the twins work on as many rows at a time as stay in a core's cache; else 256 MiB
 
 
 # --- the twins: PyTorch
 
 
 def blocks(logits: Tensor) -> list[slice]:
-    step = max(1, BLOCK_ELEMENTS // logits.shape[-1])
+    step = max(1, BLOCK_ELEMENTS.get(logits.device.type, 2**26) // logits.shape[-1])
     return [slice(start, start + step) for start in range(0, max(1, len(logits)), step)]
 
 
@@ -128,6 +128,7 @@ def row_grad_kernel(
     da += row * da_stride
     logits += row * stride
     m, log_s, g, y = tl.load(m + row), tl.load(log_s + row), tl.load(g + row), tl.load(ids + row)
+    h, g_h = tl.load(entropy + row), tl.load(g_entropy + row)
     for start in range(0, V, TILE):
         cols = start + tl.arange(0, TILE)
         c = load_capped(logits, cols, V, cap, HAS_CAP)
@@ -135,7 +136,7 @@ def row_grad_kernel(
         p = tl.exp(logp)
         grad = tl.where(cols == y, g, 0.0) - g * p
         if HAS_ENTROPY:
-            grad -= tl.load(g_entropy + row) * tl.where(p > 0, p * (logp + tl.load(entropy + row)), 0.0)
+            grad -= g_h * tl.where(p > 0, p * (logp + h), 0.0)
         if HAS_CAP:
             grad *= cap_factor(c, cap)
         tl.store(da + cols, (grad / temperature).to(da.dtype.element_ty), mask=cols < V)
@@ -205,7 +206,10 @@ def linear_token_logp(
 
 
 def token_logp(logits: Tensor, ids: Tensor, **options) -> tuple[Tensor, Tensor | None]:
-    """linear_token_logp of logits [*, V] that exist already: their gradient [*, V] is the only large tensor made."""
+    """linear_token_logp of logits [*, V] that exist already: their gradient [*, V] is the only large tensor made.
+
+    Of logits[:, :-1] with a batch dimension torch makes a copy: better slice the hidden states.
+    """
     return linear_token_logp(logits, None, ids, **options)
 
 

@@ -10,6 +10,8 @@ the unlisted tokens alone, an unlisted token has
 
     da_v = r_v dD/dx_t / T     drop: -r_v sum over the list of dD/dx, since da sums to 0; renorm: 0
 
+(and with a soft-cap its slope, as in logprob.py). A teacher's t below 1e-6 is rounding and counts as none.
+
 p_t comes from the unlisted logits themselves, not from 1 - sum p: a tail of 1e-18 must survive. So the listed logits
 are taken out of the row and overwritten by -inf; logprob.py's kernels then see the rest. Saved: dD/dx of the outcomes
 and the rest's maximum and log-sum, K + 3 floats a row.
@@ -48,7 +50,8 @@ class TopkDivergence:
         padding, form, how = self.ids[rows] < 0, backend_for(logits), (self.temperature, self.softcap)
         ids = torch.where(padding, self.ids[rows, :1], self.ids[rows])  # repeats the first, which is never padding
         listed, none = logits.gather(-1, ids), torch.full_like(ids[:, 0], -1)
-        rest = (logits if self.owned else logits.clone()).scatter_(-1, ids, -torch.inf)
+        rest = logits if self.owned else logits.clone() if da is None else da.copy_(logits)
+        rest = rest.scatter_(-1, ids, -torch.inf)
         outputs = ()
         if saved is None:
             m, log_s = row_stats[form](rest, none, *how, False)[2:]
@@ -60,8 +63,8 @@ class TopkDivergence:
             (slopes, m, log_s), g = saved, grads[0][:, None]
             slopes = torch.where(g == 0, 0, g * slopes)
             row_grad[form](da, rest, none, m, log_s, m, -slopes[:, -1], None, *how)
-            here = slopes[:, :-1].masked_fill(padding, 0) * cap_slope(listed, self.softcap, self.temperature)
-            da.scatter_add_(-1, ids, here.to(da.dtype))  # onto zeros; what repeats is padding and adds 0
+            here = slopes[:, :-1] * cap_slope(listed, self.softcap, self.temperature)
+            da.scatter_(-1, ids, torch.where(padding, here[:, :1], here).to(da.dtype))  # what repeats writes the same
         return outputs, saved
 
     def outcomes(self, rows: slice, c: Tensor, m: Tensor, log_s: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,8 @@ def main(config: Config) -> None:
         mine = [folders[arm, seed] for seed in range(config.seeds)]
         summaries = [json.loads((folder / "summary.json").read_text()) for folder in mine]
         lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in mine]
-        points = [[(line["step"], line["eval/accuracy"]) for line in each if "eval/accuracy" in line] for each in lines]
+        points = [[(line["step"], line["eval/accuracy"]) for line in each
+                   if "eval/accuracy" in line and line["step"] % config.eval_every == 0] for each in lines]  # fmt: skip
         reached = [next((step for step, accuracy in each if accuracy >= config.target), math.inf) for each in points]
         after = {key: [summary["after"][key] for summary in summaries] for key in EVAL_KEYS}
         domains = [key for key in lines[0][-1] if key.startswith("eval/") and key.count("/") == 2]

@@ -4,11 +4,11 @@ As in the code, p is the student and q the teacher (the sheet has the letters th
 """
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from posttrain.common.cli import UserError
 from posttrain.common.training import Stats
@@ -56,7 +56,7 @@ def model(bias=None, softcap=None, v=V):
         head.bias.data = f64(bias)
     made = nn.Module()
     made.head, made.get_output_embeddings = head, lambda: head
-    made.config = SimpleNamespace(final_logit_softcapping=softcap)
+    made.config = PretrainedConfig(final_logit_softcapping=softcap)
     return made
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from posttrain.common.cli import UserError
 from posttrain.common.models import TINY, load_model, load_tokenizer
@@ -452,7 +452,7 @@ def model(bias=None, softcap=None):
         head.bias.data = f64(bias)
     made = nn.Module()
     made.head, made.get_output_embeddings = head, lambda: head
-    made.config = SimpleNamespace(final_logit_softcapping=softcap)
+    made.config = PretrainedConfig(final_logit_softcapping=softcap)
     return made
 
 
