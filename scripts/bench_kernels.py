@@ -535,7 +535,10 @@ def show(console: Console, found: dict[str, Any]) -> None:
         )
         cells = middle, f"({low}-{high})", f"{faster:.2f}x", f"{took['median'] / floor['seconds']:.2f}"
         errors = (f"{e:.0e}" if e else "-" for e in row["errors"])
-        table.add_row(name, *cells, f"{peak / 1e6:.4g}", f"{leaner:.2f}x", *errors)
+        memory = (
+            ("-", "-") if math.isnan(peak) else (f"{peak / 1e6:.4g}", f"{leaner:.2f}x")
+        )  # below a page, or unmeasured
+        table.add_row(name, *cells, *memory, *errors)
     console.print(table)
     work = f"matrix products {1e3 * floor['products_seconds']:.4g} ms, " if floor["products_seconds"] else ""
     console.print(f"  floor {1e3 * floor['seconds']:.4g} ms: {work}least bytes {floor['least_bytes'] / 1e6:.4g} MB")
