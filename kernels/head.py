@@ -136,7 +136,8 @@ class Rows(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor | None):
-        source, saved, grads = ctx.saved_tensors[:3], ctx.saved_tensors[3:], ctx.grads
+        x, weight, bias, *saved = ctx.saved_tensors  # once: activation checkpointing forbids a second look
+        source, grads = (x, weight, bias), ctx.grads
         student = Source(*source)
         if all(g is None for g in upstream):
             return (None,) * 7
