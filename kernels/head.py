@@ -182,6 +182,8 @@ def source_of(x: Tensor, weight: Tensor | None, bias: Tensor | None = None, voca
     """x [*, H] (or logits [*, V]) as rows and the head, without the entries beyond vocab_size that pad it."""
     x = x.reshape(-1, x.shape[-1])
     if weight is None:
+        if bias is not None:
+            raise ValueError("a bias belongs to a head: add it to the logits yourself")
         return Source(x[:, :vocab_size] if x.stride(-1) == 1 else x[:, :vocab_size].contiguous())
     if vocab_size not in (None, len(weight)):  # the gradient of a slice is one more [V, H]: only where it must be
         weight, bias = weight[:vocab_size], bias if bias is None else bias[:vocab_size]

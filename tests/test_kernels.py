@@ -1056,6 +1056,7 @@ Q = torch.full((2, 2), 0.25).double().log()
         bad(linear_token_logp, X, W, torch.tensor([0, 5])),
         bad(linear_token_logp, X, W, torch.tensor([0, -1])),
         bad(linear_token_logp, X, W, IDS, vocab_size=4),
+        bad(token_logp, X, IDS.clamp(max=2), bias=torch.zeros(3)),
         bad(linear_topk_logp, X, W, ids=PAIRS, temperature=0.0),
         bad(linear_topk_logp, X, W, ids=PAIRS, vocab_size=3),
         bad(linear_topk_logp, X, W),
