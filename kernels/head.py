@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CPU_ELEMENTS = 2**23  # of a chunk's logits, 32 MiB (one-pass: double); but at least 256 rows, where matmuls starve
+CPU_ELEMENTS = 2**23  # of a chunk's logits, 32 MiB (one-pass without teacher: double); at least 256 rows, where matmuls starve
 GPU_ELEMENTS = 2**28  # 1 GiB; at least 1024 rows, below which dW moves more bytes than its product is worth
 COLUMNS = 4096  # of W at a time on a CPU, so that a tile of it and of the logits stay in cache
 
@@ -121,7 +121,7 @@ class Rows(torch.autograd.Function):
         need = [training and needed for needed in ctx.needs_input_grad[4:]]
         early = any(need) and (known or (student.weight is not None and not any(need[1:])))  # one-pass or factorised
         grads, results = new_gradients(student, need) if early else None, []
-        elements = CPU_ELEMENTS * (1 + known)
+        elements = CPU_ELEMENTS * (2 if known and not op.teacher else 1)
         for rows, logits in chunks(chunk, student, *([op.teacher] if op.teacher else []), elements=elements):
             g = (token_weight[rows] if known else torch.ones_like(student.x[rows, 0], dtype=student.dtype), None)
             results.append(run(op, student, rows, logits, None, g, grads))
