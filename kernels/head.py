@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CPU_ELEMENTS = 2**23  # of a chunk's logits, 32 MiB (one-pass without teacher: double); at least 256 rows, where matmuls starve
+CPU_ELEMENTS = 2**23  # of a chunk: 32 MiB (one-pass without teacher: double); below 256 rows matmuls starve
 GPU_ELEMENTS = 2**28  # 1 GiB; at least 1024 rows, below which dW moves more bytes than its product is worth
 COLUMNS = 4096  # of W at a time on a CPU, so that a tile of it and of the logits stay in cache
 
