@@ -591,7 +591,7 @@ def test_every_value_of_every_choice_runs(outcome, method, name, value):
 @pytest.mark.parametrize(("method", "name"), sorted({(method, name) for method, name, _ in choices()}))
 def test_no_choice_is_ignored(outcome, method, name):
     """Any two values lead to different losses, gradients or samples within three steps."""
-    values = [value for m, n, value in choices() if (m, n) == (method, name)]
+    values = [value for m, n, value in choices() if (m, n) == (method, name) and value != "auto"]  # one of the others
     seen: dict[str, str] = {}
     for value in values:
         found = outcome(method, name, value)
