@@ -280,6 +280,7 @@ def test_calculator(expression, value):
         ("05*6", "not an expression"),
         ("1.2.3", "not an expression"),
         ("()", "only numbers"),
+        ("...", "only numbers"),
         ("+1", "only numbers"),
         ("2**3", "only numbers"),
         ("9**9**9**9", "only numbers"),
