@@ -148,7 +148,7 @@ def step_weights(d: Tensor, there: Tensor, failed: Tensor, config: Config) -> Te
             reference = torch.where(order > 1, (d.cumsum(1) - d) / (order - 1).clamp(min=1), reference)
         weights = torch.where(order > 1, (reference + floor) / (d + floor), 1)
         return weights if config.weighting == "unclipped" else weights.clamp(max=1 + config.delta)
-    since = (failed.cumsum(1) > 0).to(d).cumsum(1)  # 1 at the first failure, 2 at the turn behind it, ...
+    since = (there & (failed.cumsum(1) > 0)).to(d).cumsum(1)  # 1 at the first failure, 2 at the turn behind it, ...
     if config.weighting == "heuristic":
         return 0.9 ** (since - 1).clamp(min=0)
     return (since <= 1).to(d) if config.weighting == "mask_after_error" else torch.ones_like(d)
