@@ -1,0 +1,427 @@
+"""Skill-SD: skill-conditioned self-distillation for multi-turn agents (Wang, Wang, Xiao et al., arXiv 2604.10674).
+
+The student plays with the plain prompt, in training and at test. Finished episodes are summarised into short skills, kept
+for each task. A teacher, the same weights reading skill and prompt, scores the student's own tokens and never writes.
+With s, o, q the log-probs of a sampled token under the student, the student that sampled it, and the teacher; m the
+loss mask, N = sum m, and h = 1 on the rows of tasks that have a skill:
+
+    (1)  A      = (R - mean_group) / (std_group + eps),   R = what the environment gave for the episode
+    (2)  L_GRPO = -sum_it m min(r A, clip(r, 1 - eps_lo, 1 + eps_hi) A) / N,   r = exp(s - o)
+    (3)  L_SDL  = sum_it m h r (exp(-l) - 1 + l) / N,   l = s - q                                 --est --sdl-agg
+    (4)  L      = task_coef L_GRPO + sdl_coef L_SDL
+    (5)  the skill to read: the oldest untried one, else argmax mean + c sqrt(ln sum n / n)       --ucb
+    (6)  an episode -> success_analysis, mistake_analysis, golden_workflow                        --summarizer --skill
+
+Differs from grpo.py in (3), (5) and (6); from opd.py in that the teacher is the student with something to read.
+
+Good to know
+- d/ds of r k3(l) is r l: what k3 adds cancels. So (3) has the value and the gradient of the reverse KL, position by
+  position. Without r, or with r detached, the gradient is the forward KL's, although r is 1 at the first step.
+- The paper copies the student into the teacher each step (--teacher-sync live). A tiny student that never reads skills
+  while it trains forgets how to: watch skill/teacher_success against skill/train_success. Slow teachers stay useful.
+- Skills are of one task and help no other: look at training tasks (skill/train_success), not only at held-out ones.
+- Left out: asynchronous summaries (here they are made between two steps), the paper's external summariser.
+
+Run: python methods/skill_sd.py        Expected: see the table of results in README.md.
+"""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.common.cli import cli, require
+from posttrain.common.environments.episodes import Episodes, make_environment
+from posttrain.common.models import load_model, load_tokenizer, plain, prepare
+from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts
+from posttrain.common.run import Run
+from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, score, token_logps
+from posttrain.common.tasks import CORRECT, Example, make_task, text_of
+from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
+from posttrain.kernels.divergence import linear_divergence
+
+PRESETS = {
+    "none": {},
+    "paper": {"teacher_sync": "live", "sdl_coef": 0.001},
+    "naive": {"teacher_sync": "live", "est": "k3", "sdl_coef": 1.0},  # both losses added as they are
+}
+KINDS = {"success_analysis": "workflow", "mistake_analysis": "mistakes", "golden_workflow": "workflow"}
+TITLES = {"success_analysis": "What worked", "mistake_analysis": "What failed", "golden_workflow": "Best way"}
+ASK = """{task}
+Attempt: {attempt}
+Reward: {reward:.2f} of 1.
+Sum this attempt up for the next one, in JSON: \
+{{"success_analysis": "...", "mistake_analysis": "...", "golden_workflow": "..."}}"""
+
+
+@dataclass
+class Config:
+    model: str = "sokoban-student"  # folder, hub name, or a built-in tiny model
+    task: str = "sokoban"  # sokoban, chain, reasoning_gym:NAME, gsm8k, file.jsonl, or a datasets name
+    prompt_column: str = "prompt"  # of a file or datasets name
+    answer_column: str = "answer"  # of a file or datasets name
+    steps: int = 100  # batches of episodes (paper: about 160 for its Sokoban)
+    prompts_per_step: int = 24  # P, tasks
+    group_size: int = 4  # G, episodes of each
+    max_new_tokens: int = 36  # of an episode, observations included
+    temperature: float = 1.0  # of sampling and of every log-prob in training
+    lr: float = 5e-4  # for the tiny default; 1e-6 for a real model, 1e-5 to 1e-4 with LoRA
+    warmup: int = 0  # steps of linear warm-up
+    schedule: Schedule = "constant"  # of the learning rate: linear and cosine end at 0
+    max_grad_norm: float = 1.0  # clip
+    weight_decay: float = 0.0  # AdamW's
+    seed: int = 0  # feeds initialisation, data order and sampling
+    rollout: Literal["hf"] = "hf"  # sampling engine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
+    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
+    lora_rank: int = 0  # 0 = full fine-tuning
+    micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
+    eval_every: int = 50  # 0 = only before and after
+    eval_problems: int = 100  # held-out problems
+    eval_samples: int = 4  # k of Avg@k and Pass@k
+    save_every: int = 50  # steps between checkpoints
+    resume: bool = False  # go on with the run in --out
+    out: str = ""  # run folder; empty = a fresh one under runs/
+    wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    # --- this method
+    preset: Literal[tuple(PRESETS)] = "none"  # paper's own flags, or the naive sum of both losses; explicit flags win
+    environment: str = "task"  # task (its own), calculator, python, or path/to/file.py:Class
+    max_turns: int = 12  # of an episode
+    task_coef: float = 1.0  # weight of Eq. 2; 0 = self-distillation alone
+    sdl_coef: float = 0.1  # weight of Eq. 3 (paper: 0.001); 0 = GRPO
+    est: Literal["iw_k3", "k3", "iw_k3_detached", "pg", "full"] = "iw_k3"  # Eq. 3; see sdl_token_loss
+    sdl_agg: Literal["token", "seq_sum"] = "token"  # N of Eq. 3: all sampled tokens, or the rows
+    warmdown: int = 0  # lower sdl_coef linearly to 0 over so many steps; 0 = keep it
+    teacher_sync: Literal["live", "frozen", "ema"] = "ema"  # teacher: student of this step (paper), first one, average
+    ema: float = 0.01  # teacher <- ema student + (1 - ema) teacher, each step
+    skill: Literal["both", "workflow", "mistakes", "none"] = "both"  # which parts of a summary are kept
+    skill_to: Literal["teacher", "student"] = "teacher"  # who reads it; student: skill-augmented GRPO, no Eq. 3
+    sampler: Literal["student", "teacher"] = "student"  # who plays; teacher: reads the skill, o is its log-prob
+    summarizer: Literal["rules", "model", "teacher"] = "rules"  # of Eq. 6: the task's own, the policy, another model
+    summarizer_model: str = ""  # folder, hub name or built-in model of --summarizer teacher
+    summary_tokens: int = 128  # most tokens of a summary by a model
+    ucb: float = 1.0  # c of Eq. 5
+    bank_size: int = 6  # newest skills kept for each task
+    adv_eps: float = 1e-6  # of Eq. 1
+    eps_lo: float = 0.2  # lower clip
+    eps_hi: float = 0.28  # upper clip
+    minibatches: int = 1  # optimizer steps a batch
+    ell_clip: float = 0.0  # bound of |l| in nats (GenEvolve: 10); 0 = off
+    rho_max: float = 0.0  # bound of r in Eq. 3 (GenEvolve: 2); 0 = off
+    tok_cap: float = 0.0  # bound of a token's loss in Eq. 3; 0 = off
+    top_frac: float = 1.0  # Eq. 3 only on this fraction of tokens, those with the largest |l|
+    train_problems: int = 36  # training tasks of skill/train_success, 4 episodes each
+
+
+def group_advantages(reward: Tensor, group: Tensor, eps: float) -> Tensor:
+    """Eq. 1, ddof 1. Exactly 0 where a group's rewards are equal, 0 where not a number.  [N], [N] -> [N]"""
+    scored, group = ~reward.isnan(), group.unique(return_inverse=True)[1]
+    zeros = reward.new_zeros(int(group.max()) + 1)
+    n = zeros.index_add(0, group, scored.to(reward.dtype))[group]
+    low = zeros.scatter_reduce(0, group[scored], reward[scored], "amin", include_self=False)[group]
+    above = torch.where(scored, reward - low, 0)  # all 0, without rounding, where rewards are equal
+    centred = torch.where(scored, above - zeros.index_add(0, group, above)[group] / n.clamp(min=1), 0)
+    return centred / ((zeros.index_add(0, group, centred**2)[group] / (n - 1).clamp(min=1)).sqrt() + eps)
+
+
+def policy_token_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, loss_mask: Tensor, config) -> Tensor:
+    """Eq. 2, one value per token.  [N, T], [N, T], [N], [N, T] -> [N, T]"""
+    ratio, a = ((logps - old_logps) * loss_mask).exp(), advantages[:, None]
+    return -torch.minimum(ratio * a, ratio.clamp(1 - config.eps_lo, 1 + config.eps_hi) * a)
+
+
+def sdl_token_loss(logps: Tensor, old_logps: Tensor, teacher_logps: Tensor, loss_mask: Tensor, config) -> Tensor:
+    """Eq. 3, one value per token, with gradient through r and l.  [N, T] ... -> [N, T]
+
+    iw_k3: value and gradient of KL(student||teacher). k3 and iw_k3_detached: the gradient of KL(teacher||student) when
+    on-policy. pg: -l as an advantage, the gradient of iw_k3 with another value.
+    """
+    ell = torch.where(loss_mask > 0, logps - teacher_logps, 0)
+    ratio = torch.where(loss_mask > 0, logps - old_logps, 0).clamp(max=10).exp()
+    if config.ell_clip:
+        ell = ell.clamp(-config.ell_clip, config.ell_clip)
+    if config.rho_max:
+        ratio = ratio.clamp(max=config.rho_max)
+    k3 = (-ell).clamp(max=20).exp() - 1 + ell
+    forms = {"iw_k3": ratio * k3, "k3": k3, "iw_k3_detached": ratio.detach() * k3, "pg": ratio * ell.detach()}
+    return forms[config.est].clamp(max=config.tok_cap) if config.tok_cap else forms[config.est]
+
+
+def largest_gaps(ell: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """1 on the given fraction of masked tokens, those with the largest |l|.  [N, T], [N, T] -> [N, T]"""
+    if fraction >= 1 or not mask.any():
+        return mask
+    return mask * (ell.abs() >= ell.abs()[mask > 0].quantile(1 - fraction))
+
+
+def choose(bank: list[dict], c: float) -> int | None:
+    """Eq. 5: index of the skill to read, None without any. bank: oldest first; ties go to the lowest index."""
+    for i, skill in enumerate(bank):
+        if skill["n"] == 0:
+            return i
+    log_total = torch.tensor([skill["n"] for skill in bank]).sum().double().log()
+    value = [s["reward_sum"] / s["n"] + c * (log_total / s["n"]).sqrt().item() for s in bank]
+    return value.index(max(value)) if bank else None
+
+
+def keep(bank: list[dict], text: str, reward: float, size: int) -> None:
+    """Adds a new skill unless its text is empty or there already, and forgets the oldest beyond size."""
+    if text and all(skill["text"] != text for skill in bank):
+        bank.append({"text": text, "reward": reward, "n": 0, "reward_sum": 0.0})
+        del bank[:-size]
+
+
+def with_skill(prompt: list[dict[str, str]], text: str) -> list[dict[str, str]]:
+    """S(x) + x: the skill once, before the task, as or in the system message."""
+    if not text:
+        return prompt
+    if prompt[0]["role"] == "system":
+        return [{**prompt[0], "content": text + "\n\n" + prompt[0]["content"]}, *prompt[1:]]
+    return [{"role": "system", "content": text}, *prompt]
+
+
+def skill_text(skill: dict[str, str], kind: str, task) -> str:
+    """What of a summary is kept, as the teacher reads it: in the task's own form if it has one."""
+    kept = {key: text if kind in (KINDS[key], "both") else "" for key, text in skill.items()}
+    if hasattr(task, "skill_text"):
+        return task.skill_text(kept)
+    return "\n".join(f"{TITLES[key]}: {text}" for key, text in kept.items() if text)
+
+
+def parse_summary(text: str) -> dict[str, str] | None:
+    """The first JSON object in a model's answer that has any of the three strings; None if there is none."""
+    for start in (i for i, character in enumerate(text) if character == "{"):
+        try:
+            found = json.JSONDecoder(strict=False).raw_decode(text, start)[0]
+        except (ValueError, RecursionError):
+            continue
+        strings = {key: found.get(key) for key in KINDS}
+        if any(isinstance(value, str) and value.strip() for value in strings.values()):
+            return {key: value.strip() if isinstance(value, str) else "" for key, value in strings.items()}
+    return None
+
+
+def best_rows(rollout: Rollout) -> list[int]:
+    """Each group's row to learn from: highest reward, then fewest turns, then the first."""
+    order = sorted(range(len(rollout)), key=lambda i: (-rollout.reward[i].item(), len(rollout.episodes[i].turns), i))
+    return [next(i for i in order if rollout.group[i] == g) for g in rollout.group.unique()]
+
+
+def summarise(rollout: Rollout, rows: list[int], task, writer, config: Config, key: tuple) -> list[dict | None]:
+    """Eq. 6 of the given rows. A failed episode never makes a workflow."""
+    if config.summarizer == "rules":
+        found = [task.summarise(rollout.examples[i], rollout.episodes[i]) for i in rows]
+    else:
+        facts = [(text_of(rollout.examples[i]), rollout.texts[i], rollout.reward[i].item()) for i in rows]
+        asks = [ASK.format(task=task, attempt=attempt, reward=reward) for task, attempt, reward in facts]
+        asked = [Example([{"role": "user", "content": ask}], "") for ask in asks]
+        texts = writer.generate(asked, 1, Sampling(config.temperature, config.summary_tokens), key).texts
+        found = [parse_summary(text) for text in texts]
+    failed = {"success_analysis": "", "golden_workflow": ""}
+    return [s and (s if rollout.reward[i] == CORRECT else s | failed) for s, i in zip(found, rows, strict=True)]
+
+
+def opening(make, example: Example) -> list[dict[str, str]]:
+    """The prompt with which the environment opens an episode."""
+    prompt = make(example, 0).reset(example)
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def full_divergence(policy, hidden: Tensor, teacher, teacher_hidden: Tensor, told: Tensor, loss_mask, config) -> Tensor:
+    """KL(student||teacher) over the vocabulary on the rows told [N].  [n, H], [k, H], [N], [N, T] -> [N, T]"""
+    sides = {f"student_{k}": v for k, v in lm_head(policy).items()}
+    sides |= {f"teacher_{k}": v for k, v in lm_head(teacher).items()}
+    on = told[:, None] & loss_mask.bool()
+    ours = hidden[on[loss_mask.bool()]]
+    shared = {"kind": "reverse_kl", "beta": 1.0, "temperature": config.temperature}
+    values = linear_divergence(ours, teacher_hidden=teacher_hidden, **sides, **shared)
+    return torch.zeros_like(loss_mask, dtype=values.dtype).masked_scatter(on, values)
+
+
+def reread(teacher: nn.Module, seen: Rollout, rollout: Rollout, config: Config) -> tuple[Tensor, Tensor]:
+    """q on the rollout's positions, and the mask of tokens that the teacher's context holds.  -> [N, T], [N, T]"""
+    longest = seen.tokens.shape[1]
+    width = min(longest, getattr(plain(teacher).config, "max_position_embeddings", None) or longest)
+    tensors = ("tokens", "attention_mask", "loss_mask", "turn", "behaviour_logps")
+    held = replace(seen, **{name: getattr(seen, name)[:, :width] for name in tensors})
+    logps, _ = score(teacher, held, config.micro_batch_tokens, config.temperature)
+    beyond = (0, longest - width)
+    return tuple(carry(nn.functional.pad(x, beyond), seen, rollout) for x in (logps, held.loss_mask))
+
+
+def check(config: Config) -> None:
+    require(config.group_size > 1, "GRPO compares episodes of one task: --group-size must be at least 2")
+    require(config.temperature > 0, "greedy episodes are all equal, no signal: --temperature must be above 0")
+    alone = config.skill_to == "teacher" or (config.sdl_coef == 0 and config.sampler == "student")
+    require(alone, "--skill-to student is GRPO with the skill in the prompt, nothing to distil: add --sdl-coef 0")
+    shares = 0 <= config.ema <= 1 and 0 < config.top_frac <= 1
+    require(shares, "--ema must lie in [0, 1], --top-frac in (0, 1]")
+    average = config.teacher_sync == "ema" and config.lora_rank > 0
+    require(not average, "--teacher-sync ema averages full weights: it needs --lora-rank 0")
+    named = (config.summarizer == "teacher") == bool(config.summarizer_model)
+    require(named, "--summarizer teacher and --summarizer-model NAME go together")
+    apart = config.est != "full" or config.teacher_sync != "live" or config.minibatches == 1
+    require(apart, "--est full reads the live teacher, which moves between --minibatches: take another --teacher-sync")
+
+
+def main(config: Config) -> None:
+    check(config)
+    device = prepare(config)
+    task = make_task(config.task, config.prompt_column, config.answer_column)
+    make = make_environment(config.environment, task)
+    told = config.summarizer != "rules" or hasattr(task, "summarise")
+    require(told, f"task {config.task!r} has no rules to summarise episodes by: --summarizer model")
+    tokenizer = load_tokenizer(config.model)
+    policy = load_model(config.model, device, config.dtype, config.lora_rank)
+    live = config.teacher_sync == "live"
+    teacher = policy if live else load_model(config.model, device, config.dtype).requires_grad_(False)
+    engine = Episodes(ENGINES[config.rollout](policy, tokenizer), make, config.max_turns)
+    teacher_engine = Episodes(HFEngine(teacher, tokenizer), make, config.max_turns)
+    writer = engine.engine
+    if config.summarizer == "teacher":
+        other = load_model(config.summarizer_model, device, config.dtype, train=False)
+        writer = HFEngine(other, load_tokenizer(config.summarizer_model))
+    optimizer = Optimizer(policy, config)
+    run = Run(config, "skill_sd")
+    state = {"bank": {}, "solved": {}}  # by task: its skills, oldest first; the step that first solved it
+    parts = {"policy": policy, "optimizer": optimizer, "state": state}
+    parts |= {"teacher": teacher} if config.teacher_sync == "ema" else {}
+    sampling, limit, pad = (
+        Sampling(config.temperature, config.max_new_tokens),
+        config.micro_batch_tokens,
+        tokenizer.pad_token_id,
+    )
+    fixed = task.draw(config.train_problems, 0)
+
+    def examine(step: int) -> dict[str, float]:
+        """Held-out evaluation; on training tasks the student's success, and the teacher's with skills."""
+        metrics, banks = run.evaluate(step, engine, task), [state["bank"].get(text_of(e), []) for e in fixed]
+        texts = [bank[choose(bank, config.ucb)]["text"] if bank else "" for bank in banks]
+        read = [encode(tokenizer, with_skill(opening(make, e), text)) for e, text in zip(fixed, texts, strict=True)]
+        for name, player, starts in (("train", engine, ()), ("teacher", teacher_engine, read)):
+            rollout = player.generate(fixed, 4, sampling, (config.seed, 0, len(name)), starts)
+            metrics[f"skill/{name}_success"] = (rollout.reward == CORRECT).double().mean().item()
+        rates = f"{metrics['skill/train_success']:.3f}, its teacher with skills {metrics['skill/teacher_success']:.3f}"
+        run.console.print(f"  on {len(fixed)} training tasks: policy {rates}; {len(state['solved'])} solved so far")
+        return metrics
+
+    done = run.restore(**parts)
+    if not done:
+        metrics = examine(0)
+        if hasattr(task, "oracle"):  # can the teacher read at all?
+            problems = task.heldout(config.eval_problems)
+            texts = [skill_text(task.oracle(example), "both", task) for example in problems]
+            told = [replace(e, prompt=with_skill(e.prompt, text)) for e, text in zip(problems, texts, strict=True)]
+            goal = run.evaluate(0, teacher_engine, task, "teacher with a perfect skill", told)
+            metrics |= {f"teacher/{key}": value for key, value in goal.items()}
+        run.log(0, metrics)
+
+    for step in run.steps(done):
+        # --- sample and grade
+        clock = [time.perf_counter()]
+        key = (config.seed, step, 0)
+        problems = task.draw(config.prompts_per_step, *key)
+        banks = [state["bank"].setdefault(text_of(example), []) for example in problems]
+        chosen = [choose(bank, config.ucb) for bank in banks]
+        texts = ["" if i is None else bank[i]["text"] for i, bank in zip(chosen, banks, strict=True)]
+        openings = [opening(make, example) for example in problems]
+        read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(openings, texts, strict=True)]
+        if config.sampler == "teacher":
+            rollout = teacher_engine.generate(problems, config.group_size, sampling, key, read)
+            rollout = under_prompts(rollout, [encode(tokenizer, openings[g]) for g in rollout.group.tolist()], pad)
+        else:
+            rollout = engine.generate(problems, config.group_size, sampling, key, read * (config.skill_to == "student"))
+        clock.append(time.perf_counter())
+
+        # --- score
+        mask, behaviour_logps, old_logps = rollout.loss_mask, rollout.behaviour_logps, None  # None: the ratio is 1
+        if config.sampler == "teacher":
+            old_logps = behaviour_logps
+        elif config.minibatches > 1:
+            old_logps, _ = score(policy, rollout, limit, config.temperature)
+        coef = config.sdl_coef * (max(0.0, 1 - step / config.warmdown) if config.warmdown else 1)
+        teacher_logps, sdl_mask, place = torch.zeros_like(mask), torch.zeros_like(mask), torch.zeros_like(rollout.group)
+        skilled = torch.tensor([bool(text) for text in texts], device=device)[rollout.group]  # [N], h
+        rows = (skilled & (coef > 0)).nonzero().squeeze(1)
+        if len(rows):
+            seen = under_prompts(rollout[rows], [read[g] for g in rollout.group[rows].tolist()], pad)
+            teacher_logps[rows], sdl_mask[rows] = reread(teacher, seen, rollout[rows], config)
+            place[rows] = torch.arange(len(rows), device=device)  # of a row in seen
+            require(teacher_logps.isfinite().all(), "the teacher's log-probs are not finite: lower --lr")
+        clock.append(time.perf_counter())
+
+        # --- weigh
+        advantages = group_advantages(rollout.reward, rollout.group, config.adv_eps)  # [N]
+        gap = (behaviour_logps - teacher_logps) * sdl_mask
+        sdl_mask, n_read = largest_gaps(gap, sdl_mask, config.top_frac), sdl_mask.sum().clamp(min=1)
+
+        # --- update
+        stats, metrics = Stats(), rollout_metrics(rollout, task.grade, task)
+        learns = bool((config.task_coef * advantages).any()) or bool(sdl_mask.any())
+        shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
+        for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
+            c = 1 / mask[part].sum().clamp(min=1)  # 1 / N
+            c_sdl = c if config.sdl_agg == "token" else 1 / len(part)
+            for rows in micro_batches(rollout[part], limit):
+                at = part[rows]
+                batch, m = rollout[at], mask[at]
+                hidden = sampled_hidden(policy, batch)
+                logps, entropy = token_logps(policy, batch, config.temperature, hidden=hidden)
+                old = logps.detach() if old_logps is None else old_logps[at]
+                grpo = (policy_token_loss(logps, old, advantages[at], m, config) * m * c).sum()
+                loss, sdl = config.task_coef * grpo, torch.zeros_like(grpo)
+                told = skilled[at] & (coef > 0)
+                if told.any():
+                    if config.est == "full":
+                        with torch.no_grad():
+                            teacher_hidden = sampled_hidden(teacher, seen[place[at[told]]])
+                        token_loss = full_divergence(policy, hidden, teacher, teacher_hidden, told, m, config)
+                    else:
+                        token_loss = sdl_token_loss(logps, old, teacher_logps[at], sdl_mask[at], config)
+                    sdl = (token_loss * sdl_mask[at] * c_sdl).sum()
+                    loss = loss + coef * sdl  # Eq. 4
+                if learns:
+                    loss.backward()
+                for name, value in (("total", loss), ("grpo", grpo), ("sdl", sdl)):
+                    stats.add(f"loss/{name}", value / config.minibatches)
+                stats.tokens(m, {"train/entropy": entropy, "policy/kl_old": old - logps})
+                stats.engine(m, old, behaviour_logps[at])
+            metrics |= optimizer.step(step)
+        if config.teacher_sync == "ema":
+            for slow, new in zip(teacher.parameters(), policy.parameters(), strict=True):
+                slow.data.lerp_(new.data, config.ema)
+        clock.append(time.perf_counter())
+
+        # --- remember, for later steps only
+        for g, (i, bank) in enumerate(zip(chosen, banks, strict=True)):
+            reward = rollout.reward[rollout.group == g]
+            if i is not None:
+                bank[i]["n"] += 1
+                bank[i]["reward_sum"] += reward.mean().item()
+            if (reward == CORRECT).any():
+                state["solved"].setdefault(text_of(problems[g]), step)
+        best = best_rows(rollout) if config.skill != "none" else []
+        summaries = summarise(rollout, best, task, writer, config, (config.seed, step, 1))
+        for i, bank, summary in zip(best, banks, summaries, strict=False):
+            if summary:
+                keep(bank, skill_text(summary, config.skill, task), rollout.reward[i].item(), config.bank_size)
+
+        # --- log, evaluate and save
+        metrics |= {"teacher/kl": (gap.sum() / n_read).item(), "teacher/kl_abs": (gap.abs().sum() / n_read).item()}
+        metrics |= {"skill/told": skilled.double().mean().item(), "skill/ever_solved": len(state["solved"])}
+        metrics |= {"skill/bank": sum(map(len, state["bank"].values())), "skill/new": sum(map(bool, summaries))}
+        metrics |= stats.metrics() | resources(clock, rollout)
+        if run.due(step, config.eval_every):
+            metrics |= examine(step)
+        run.log(step, metrics, rollout)
+        if run.due(step, config.save_every):
+            run.save(step, **parts)
+    run.finish(policy, tokenizer, compare=("grpo-sokoban", "skill-sd"))
+
+
+if __name__ == "__main__":
+    cli(main, Config, PRESETS)
