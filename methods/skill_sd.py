@@ -1,11 +1,11 @@
 """Skill-SD: skill-conditioned self-distillation for multi-turn agents (Wang, Wang, Xiao et al., arXiv 2604.10674).
 
-The student plays with the plain prompt, in training and at test. Finished episodes are summarised into short skills, kept
-for each task. A teacher, the same weights reading skill and prompt, scores the student's own tokens and never writes.
+The student plays with the plain prompt, in training and at test. Finished episodes are summarised into short skills,
+kept by task. A teacher, the same weights reading skill and prompt, scores the student's own tokens and never writes.
 With s, o, q the log-probs of a sampled token under the student, the student that sampled it, and the teacher; m the
 loss mask, N = sum m, and h = 1 on the rows of tasks that have a skill:
 
-    (1)  A      = (R - mean_group) / (std_group + eps),   R = what the environment gave for the episode
+    (1)  A      = (R - mean_group) / (std_group + eps),   R = the episode's reward
     (2)  L_GRPO = -sum_it m min(r A, clip(r, 1 - eps_lo, 1 + eps_hi) A) / N,   r = exp(s - o)
     (3)  L_SDL  = sum_it m h r (exp(-l) - 1 + l) / N,   l = s - q                                 --est --sdl-agg
     (4)  L      = task_coef L_GRPO + sdl_coef L_SDL
@@ -15,17 +15,17 @@ loss mask, N = sum m, and h = 1 on the rows of tasks that have a skill:
 Differs from grpo.py in (3), (5) and (6); from opd.py in that the teacher is the student with something to read.
 
 Good to know
-- d/ds of r k3(l) is r l: what k3 adds cancels. So (3) has the value and the gradient of the reverse KL, position by
-  position. Without r, or with r detached, the gradient is the forward KL's, although r is 1 at the first step.
-- The paper copies the student into the teacher each step (--teacher-sync live). A tiny student that never reads skills
-  while it trains forgets how to: watch skill/teacher_success against skill/train_success. Slow teachers stay useful.
-- Skills are of one task and help no other: look at training tasks (skill/train_success), not only at held-out ones.
-- Left out: asynchronous summaries (here they are made between two steps), the paper's external summariser.
+- d/ds of r k3(l) is r l: what k3 adds cancels. So (3) has value and gradient of the reverse KL, position by position.
+  Without r, or with r detached, the gradient is the forward KL's, although r is 1 at the first step.
+- The paper copies the student into the teacher each step (--teacher-sync live). A tiny student that never reads
+  skills while it trains forgets how to: compare skill/teacher_success with skill/train_success.
+- A skill is of one task and helps no other: look at training tasks (skill/train_success) beside held-out ones.
+- Left out: summaries in the background (here between two steps), and the paper's external summariser.
 
 Run: python methods/skill_sd.py        Expected: see the table of results in README.md.
 """
 
-import json
+import math
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from posttrain.common.cli import cli, require
 from posttrain.common.environments.episodes import Episodes, make_environment
+from posttrain.common.environments.summaries import ask_for_summaries
 from posttrain.common.models import load_model, load_tokenizer, plain, prepare
 from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts
 from posttrain.common.run import Run
@@ -49,12 +50,6 @@ PRESETS = {
     "naive": {"teacher_sync": "live", "est": "k3", "sdl_coef": 1.0},  # both losses added as they are
 }
 KINDS = {"success_analysis": "workflow", "mistake_analysis": "mistakes", "golden_workflow": "workflow"}
-TITLES = {"success_analysis": "What worked", "mistake_analysis": "What failed", "golden_workflow": "Best way"}
-ASK = """{task}
-Attempt: {attempt}
-Reward: {reward:.2f} of 1.
-Sum this attempt up for the next one, in JSON: \
-{{"success_analysis": "...", "mistake_analysis": "...", "golden_workflow": "..."}}"""
 
 
 @dataclass
@@ -101,8 +96,8 @@ class Config:
     skill: Literal["both", "workflow", "mistakes", "none"] = "both"  # which parts of a summary are kept
     skill_to: Literal["teacher", "student"] = "teacher"  # who reads it; student: skill-augmented GRPO, no Eq. 3
     sampler: Literal["student", "teacher"] = "student"  # who plays; teacher: reads the skill, o is its log-prob
-    summarizer: Literal["rules", "model", "teacher"] = "rules"  # of Eq. 6: the task's own, the policy, another model
-    summarizer_model: str = ""  # folder, hub name or built-in model of --summarizer teacher
+    summarizer: Literal["rules", "model"] = "rules"  # of Eq. 6: the task's own, or a model (paper: an external one)
+    summarizer_model: str = ""  # folder, hub name or built-in model that writes summaries; empty = the policy itself
     summary_tokens: int = 128  # most tokens of a summary by a model
     ucb: float = 1.0  # c of Eq. 5
     bank_size: int = 6  # newest skills kept for each task
@@ -160,11 +155,10 @@ def largest_gaps(ell: Tensor, mask: Tensor, fraction: float) -> Tensor:
 
 def choose(bank: list[dict], c: float) -> int | None:
     """Eq. 5: index of the skill to read, None without any. bank: oldest first; ties go to the lowest index."""
-    for i, skill in enumerate(bank):
-        if skill["n"] == 0:
-            return i
-    log_total = torch.tensor([skill["n"] for skill in bank]).sum().double().log()
-    value = [s["reward_sum"] / s["n"] + c * (log_total / s["n"]).sqrt().item() for s in bank]
+    if untried := [i for i, skill in enumerate(bank) if skill["n"] == 0]:
+        return untried[0]
+    log_total = math.log(max(1, sum(skill["n"] for skill in bank)))
+    value = [s["reward_sum"] / s["n"] + c * math.sqrt(log_total / s["n"]) for s in bank]
     return value.index(max(value)) if bank else None
 
 
@@ -177,32 +171,15 @@ def keep(bank: list[dict], text: str, reward: float, size: int) -> None:
 
 def with_skill(prompt: list[dict[str, str]], text: str) -> list[dict[str, str]]:
     """S(x) + x: the skill once, before the task, as or in the system message."""
-    if not text:
-        return prompt
-    if prompt[0]["role"] == "system":
-        return [{**prompt[0], "content": text + "\n\n" + prompt[0]["content"]}, *prompt[1:]]
-    return [{"role": "system", "content": text}, *prompt]
+    system, *rest = prompt if prompt[0]["role"] == "system" else [{"role": "system", "content": ""}, *prompt]
+    return [{**system, "content": f"{text}\n\n{system['content']}".rstrip()}, *rest] if text else prompt
 
 
 def skill_text(skill: dict[str, str], kind: str, task) -> str:
     """What of a summary is kept, as the teacher reads it: in the task's own form if it has one."""
     kept = {key: text if kind in (KINDS[key], "both") else "" for key, text in skill.items()}
-    if hasattr(task, "skill_text"):
-        return task.skill_text(kept)
-    return "\n".join(f"{TITLES[key]}: {text}" for key, text in kept.items() if text)
-
-
-def parse_summary(text: str) -> dict[str, str] | None:
-    """The first JSON object in a model's answer that has any of the three strings; None if there is none."""
-    for start in (i for i, character in enumerate(text) if character == "{"):
-        try:
-            found = json.JSONDecoder(strict=False).raw_decode(text, start)[0]
-        except (ValueError, RecursionError):
-            continue
-        strings = {key: found.get(key) for key in KINDS}
-        if any(isinstance(value, str) and value.strip() for value in strings.values()):
-            return {key: value.strip() if isinstance(value, str) else "" for key, value in strings.items()}
-    return None
+    plain_form = "\n".join(f"{key.replace('_', ' ')}: {text}" for key, text in kept.items() if text)
+    return task.skill_text(kept) if hasattr(task, "skill_text") else plain_form
 
 
 def best_rows(rollout: Rollout) -> list[int]:
@@ -216,41 +193,35 @@ def summarise(rollout: Rollout, rows: list[int], task, writer, config: Config, k
     if config.summarizer == "rules":
         found = [task.summarise(rollout.examples[i], rollout.episodes[i]) for i in rows]
     else:
-        facts = [(text_of(rollout.examples[i]), rollout.texts[i], rollout.reward[i].item()) for i in rows]
-        asks = [ASK.format(task=task, attempt=attempt, reward=reward) for task, attempt, reward in facts]
-        asked = [Example([{"role": "user", "content": ask}], "") for ask in asks]
-        texts = writer.generate(asked, 1, Sampling(config.temperature, config.summary_tokens), key).texts
-        found = [parse_summary(text) for text in texts]
+        found = ask_for_summaries(writer, rollout, rows, Sampling(config.temperature, config.summary_tokens), key)
     failed = {"success_analysis": "", "golden_workflow": ""}
     return [s and (s if rollout.reward[i] == CORRECT else s | failed) for s, i in zip(found, rows, strict=True)]
 
 
 def opening(make, example: Example) -> list[dict[str, str]]:
-    """The prompt with which the environment opens an episode."""
+    """The prompt x with which the environment opens an episode."""
     prompt = make(example, 0).reset(example)
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
-def full_divergence(policy, hidden: Tensor, teacher, teacher_hidden: Tensor, told: Tensor, loss_mask, config) -> Tensor:
-    """KL(student||teacher) over the vocabulary on the rows told [N].  [n, H], [k, H], [N], [N, T] -> [N, T]"""
-    sides = {f"student_{k}": v for k, v in lm_head(policy).items()}
-    sides |= {f"teacher_{k}": v for k, v in lm_head(teacher).items()}
-    on = told[:, None] & loss_mask.bool()
+def full_divergence(policy, hidden: Tensor, teacher, seen: Rollout, on: Tensor, loss_mask: Tensor, t: float) -> Tensor:
+    """KL(student||teacher) over the vocabulary where on [N, T], the tokens of seen, at temperature t.  -> [N, T]"""
+    with torch.no_grad():
+        theirs = sampled_hidden(teacher, seen)
+    heads = {f"student_{k}": v for k, v in lm_head(policy).items()}
+    heads |= {f"teacher_{k}": v for k, v in lm_head(teacher).items()}
     ours = hidden[on[loss_mask.bool()]]
-    shared = {"kind": "reverse_kl", "beta": 1.0, "temperature": config.temperature}
-    values = linear_divergence(ours, teacher_hidden=teacher_hidden, **sides, **shared)
-    return torch.zeros_like(loss_mask, dtype=values.dtype).masked_scatter(on, values)
+    values = linear_divergence(ours, teacher_hidden=theirs, kind="reverse_kl", temperature=t, **heads)
+    return torch.zeros_like(loss_mask).masked_scatter(on, values)
 
 
 def reread(teacher: nn.Module, seen: Rollout, rollout: Rollout, config: Config) -> tuple[Tensor, Tensor]:
     """q on the rollout's positions, and the mask of tokens that the teacher's context holds.  -> [N, T], [N, T]"""
-    longest = seen.tokens.shape[1]
-    width = min(longest, getattr(plain(teacher).config, "max_position_embeddings", None) or longest)
-    tensors = ("tokens", "attention_mask", "loss_mask", "turn", "behaviour_logps")
-    held = replace(seen, **{name: getattr(seen, name)[:, :width] for name in tensors})
+    context = getattr(plain(teacher).config, "max_position_embeddings", None) or seen.tokens.shape[1]
+    held = (seen.attention_mask.cumsum(1) <= context) * seen.attention_mask
+    held = replace(seen, attention_mask=held, loss_mask=seen.loss_mask * held)
     logps, _ = score(teacher, held, config.micro_batch_tokens, config.temperature)
-    beyond = (0, longest - width)
-    return tuple(carry(nn.functional.pad(x, beyond), seen, rollout) for x in (logps, held.loss_mask))
+    return carry(logps, seen, rollout), carry(held.loss_mask, seen, rollout)
 
 
 def check(config: Config) -> None:
@@ -262,8 +233,8 @@ def check(config: Config) -> None:
     require(shares, "--ema must lie in [0, 1], --top-frac in (0, 1]")
     average = config.teacher_sync == "ema" and config.lora_rank > 0
     require(not average, "--teacher-sync ema averages full weights: it needs --lora-rank 0")
-    named = (config.summarizer == "teacher") == bool(config.summarizer_model)
-    require(named, "--summarizer teacher and --summarizer-model NAME go together")
+    asked = config.summarizer == "model" or not config.summarizer_model
+    require(asked, "--summarizer-model writes the summaries of --summarizer model: give both")
     apart = config.est != "full" or config.teacher_sync != "live" or config.minibatches == 1
     require(apart, "--est full reads the live teacher, which moves between --minibatches: take another --teacher-sync")
 
@@ -282,7 +253,7 @@ def main(config: Config) -> None:
     engine = Episodes(ENGINES[config.rollout](policy, tokenizer), make, config.max_turns)
     teacher_engine = Episodes(HFEngine(teacher, tokenizer), make, config.max_turns)
     writer = engine.engine
-    if config.summarizer == "teacher":
+    if config.summarizer_model:
         other = load_model(config.summarizer_model, device, config.dtype, train=False)
         writer = HFEngine(other, load_tokenizer(config.summarizer_model))
     optimizer = Optimizer(policy, config)
@@ -290,11 +261,7 @@ def main(config: Config) -> None:
     state = {"bank": {}, "solved": {}}  # by task: its skills, oldest first; the step that first solved it
     parts = {"policy": policy, "optimizer": optimizer, "state": state}
     parts |= {"teacher": teacher} if config.teacher_sync == "ema" else {}
-    sampling, limit, pad = (
-        Sampling(config.temperature, config.max_new_tokens),
-        config.micro_batch_tokens,
-        tokenizer.pad_token_id,
-    )
+    sampling, limit = Sampling(config.temperature, config.max_new_tokens), config.micro_batch_tokens
     fixed = task.draw(config.train_problems, 0)
 
     def examine(step: int) -> dict[str, float]:
@@ -302,8 +269,8 @@ def main(config: Config) -> None:
         metrics, banks = run.evaluate(step, engine, task), [state["bank"].get(text_of(e), []) for e in fixed]
         texts = [bank[choose(bank, config.ucb)]["text"] if bank else "" for bank in banks]
         read = [encode(tokenizer, with_skill(opening(make, e), text)) for e, text in zip(fixed, texts, strict=True)]
-        for name, player, starts in (("train", engine, ()), ("teacher", teacher_engine, read)):
-            rollout = player.generate(fixed, 4, sampling, (config.seed, 0, len(name)), starts)
+        for i, name, player, starts in ((3, "train", engine, ()), (4, "teacher", teacher_engine, read)):
+            rollout = player.generate(fixed, 4, sampling, (config.seed, 0, i), starts)
             metrics[f"skill/{name}_success"] = (rollout.reward == CORRECT).double().mean().item()
         rates = f"{metrics['skill/train_success']:.3f}, its teacher with skills {metrics['skill/teacher_success']:.3f}"
         run.console.print(f"  on {len(fixed)} training tasks: policy {rates}; {len(state['solved'])} solved so far")
@@ -332,7 +299,9 @@ def main(config: Config) -> None:
         read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(openings, texts, strict=True)]
         if config.sampler == "teacher":
             rollout = teacher_engine.generate(problems, config.group_size, sampling, key, read)
-            rollout = under_prompts(rollout, [encode(tokenizer, openings[g]) for g in rollout.group.tolist()], pad)
+            rollout = under_prompts(
+                rollout, [encode(tokenizer, openings[g]) for g in rollout.group.tolist()], tokenizer.pad_token_id
+            )
         else:
             rollout = engine.generate(problems, config.group_size, sampling, key, read * (config.skill_to == "student"))
         clock.append(time.perf_counter())
@@ -348,7 +317,7 @@ def main(config: Config) -> None:
         skilled = torch.tensor([bool(text) for text in texts], device=device)[rollout.group]  # [N], h
         rows = (skilled & (coef > 0)).nonzero().squeeze(1)
         if len(rows):
-            seen = under_prompts(rollout[rows], [read[g] for g in rollout.group[rows].tolist()], pad)
+            seen = under_prompts(rollout[rows], [read[g] for g in rollout.group[rows].tolist()], tokenizer.pad_token_id)
             teacher_logps[rows], sdl_mask[rows] = reread(teacher, seen, rollout[rows], config)
             place[rows] = torch.arange(len(rows), device=device)  # of a row in seen
             require(teacher_logps.isfinite().all(), "the teacher's log-probs are not finite: lower --lr")
@@ -377,9 +346,8 @@ def main(config: Config) -> None:
                 told = skilled[at] & (coef > 0)
                 if told.any():
                     if config.est == "full":
-                        with torch.no_grad():
-                            teacher_hidden = sampled_hidden(teacher, seen[place[at[told]]])
-                        token_loss = full_divergence(policy, hidden, teacher, teacher_hidden, told, m, config)
+                        shown, on = seen[place[at[told]]], told[:, None] & m.bool()
+                        token_loss = full_divergence(policy, hidden, teacher, shown, on, m, config.temperature)
                     else:
                         token_loss = sdl_token_loss(logps, old, teacher_logps[at], sdl_mask[at], config)
                     sdl = (token_loss * sdl_mask[at] * c_sdl).sum()
@@ -400,8 +368,7 @@ def main(config: Config) -> None:
         for g, (i, bank) in enumerate(zip(chosen, banks, strict=True)):
             reward = rollout.reward[rollout.group == g]
             if i is not None:
-                bank[i]["n"] += 1
-                bank[i]["reward_sum"] += reward.mean().item()
+                bank[i] |= {"n": bank[i]["n"] + 1, "reward_sum": bank[i]["reward_sum"] + reward.mean().item()}
             if (reward == CORRECT).any():
                 state["solved"].setdefault(text_of(problems[g]), step)
         best = best_rows(rollout) if config.skill != "none" else []
