@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StopStringCriteria
 from transformers.cache_utils import DynamicCache
 
 from posttrain.common.cli import require
@@ -36,6 +36,7 @@ class Rollout:
     reward: Tensor  # [N] fp32, filled by grading
     texts: list[str]  # N decoded responses without special tokens
     examples: list[Example]  # N, the row's problem
+    episodes: list  # N, what happened turn by turn (environments/episodes.py); None in single-turn rows
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -67,21 +68,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -
     return tokenizer("\n".join(m["content"] for m in messages))["input_ids"]
 
 
-def assemble(prompts: list, responses: list, pad: int, logps: list | None = None, **rest) -> Rollout:
-    """Single-turn rows from lists of prompt and response ids (and log-probs) as a Rollout; rest fills other fields."""
+def assemble(
+    prompts: list, responses: list, pad: int, logps: list | None = None, turns: list | None = None, **rest
+) -> Rollout:
+    """Rows from lists of prompt ids and of what follows them (and its log-probs, and the turn that wrote each token, -1
+    the environment's; without turns all is turn 0) as a Rollout; rest fills other fields."""
     n, width = len(prompts), max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    tokens = torch.full((n, width), pad)
-    loss_mask, attention_mask, behaviour_logps = torch.zeros(3, n, width)
+    tokens, turn = torch.full((n, width), pad), torch.full((n, width), -1)
+    attention_mask, behaviour_logps = torch.zeros(2, n, width)
     for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
         start, end = len(prompt), len(prompt) + len(response)
         tokens[i, :end] = torch.tensor(prompt + response)
         attention_mask[i, :end] = 1
-        loss_mask[i, start:end] = 1
+        turn[i, start:end] = torch.tensor(turns[i]) if turns else 0
         if logps:
             behaviour_logps[i, start:end] = torch.tensor(logps[i])
     blank = {"group": torch.arange(n), "finished": torch.ones(n, dtype=torch.bool), "texts": [""] * n}
-    blank |= {"reward": torch.full((n,), torch.nan), "examples": [Example([], "")] * n}
-    return Rollout(tokens, attention_mask, loss_mask, loss_mask.long() - 1, behaviour_logps, **{**blank, **rest})
+    blank |= {"reward": torch.full((n,), torch.nan), "examples": [Example([], "")] * n, "episodes": [None] * n}
+    return Rollout(tokens, attention_mask, (turn >= 0).float(), turn, behaviour_logps, **{**blank, **rest})
 
 
 def written(tokenizer: PreTrainedTokenizerBase, examples: list[Example], texts: list[str], n: int = 1) -> Rollout:
@@ -107,7 +111,7 @@ def under_prompts(rollout: Rollout, prompts: list[list[int]], pad: int) -> Rollo
         for i, prompt in enumerate(prompts):
             block = source[i, starts[i] : lengths[i]]
             target[i, len(prompt) : len(prompt) + len(block)] = block
-    same = {name: getattr(rollout, name) for name in ("group", "finished", "reward", "texts", "examples")}
+    same = {name: getattr(rollout, name) for name in ("group", "finished", "reward", "texts", "examples", "episodes")}
     return replace(to_device(moved, rollout.tokens.device), **same)
 
 
@@ -152,6 +156,18 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: float, top_p: float = 
     return ids, logps.gather(-1, ids[:, None]).squeeze(-1)
 
 
+class Memory:
+    """Keys and values of contexts that a later call goes on with; empty at first."""
+
+    cache: DynamicCache | None = None
+    mask: Tensor | None = None  # [R, S] int64, 1 on slots that hold a token of their row
+
+    def keep(self, rows: list[int]) -> None:
+        index = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(index)
+        self.mask = self.mask[index]
+
+
 class HFEngine:
     """Samples with the trainer's own model through transformers: works everywhere, never has stale weights."""
 
@@ -160,75 +176,97 @@ class HFEngine:
         self.stop_ids = stop_ids(model, tokenizer)
         self.batch_tokens = batch_tokens  # rows x tokens whose key-value cache may exist at one time
 
-    @torch.no_grad()
-    def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple, starts: list = ()) -> Rollout:
-        """n responses to each example, or to its ids in starts; reproducible in key, for example (seed, step)."""
-        prompts = list(starts) or [encode(self.tokenizer, example.prompt) for example in examples]
-        longest = max(map(len, prompts)) + sampling.max_new_tokens
+    def fit(self, prompts: list[list[int]], max_new_tokens: int) -> int:
+        """The longest row's number of tokens, which must not exceed the model's positions."""
+        longest = max(map(len, prompts)) + max_new_tokens
         limit = getattr(plain(self.model).config, "max_position_embeddings", None) or longest
         excess = f"prompts and --max-new-tokens take up to {longest} positions, the model has {limit}; lower the flag"
         require(longest <= limit, excess)
+        return longest
+
+    def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple, starts: list = ()) -> Rollout:
+        """n responses to each example, or to its ids in starts; reproducible in key, for example (seed, step)."""
+        prompts = list(starts) or [encode(self.tokenizer, example.prompt) for example in examples]
+        per_batch = max(1, self.batch_tokens // (n * self.fit(prompts, sampling.max_new_tokens)))
         noise = torch.Generator().manual_seed(seed_of(*key))
-        u = torch.rand(len(prompts), n, sampling.max_new_tokens, generator=noise)
-        per_batch = max(1, self.batch_tokens // (n * longest))
+        u = torch.rand(len(prompts), n, sampling.max_new_tokens, generator=noise).flatten(0, 1)
+        prompts, examples = ([x for x in rows for _ in range(n)] for rows in (prompts, examples))
         ids, logps = [], []
-        for start in range(0, len(prompts), per_batch):
-            some = slice(start, start + per_batch)
-            batch_ids, batch_logps = self._decode(prompts[some], n, sampling, u[some].flatten(0, 1))
+        for start in range(0, len(prompts), per_batch * n):
+            some = slice(start, start + per_batch * n)
+            batch_ids, batch_logps = self.complete(prompts[some], u[some], sampling)
             ids += batch_ids
             logps += batch_logps
-        rest = {"group": torch.arange(len(prompts)).repeat_interleave(n), "logps": logps}
+        rest = {"group": torch.arange(len(prompts)) // n, "logps": logps, "examples": examples}
         rest["finished"] = torch.tensor([bool(row) and row[-1] in self.stop_ids for row in ids])
         rest["texts"] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        prompts, rest["examples"] = ([x for x in rows for _ in range(n)] for rows in (prompts, examples))
         return to_device(assemble(prompts, ids, self.tokenizer.pad_token_id, **rest), plain(self.model).device)
 
-    def _decode(self, prompts: list[list[int]], n: int, sampling: Sampling, u: Tensor) -> tuple[list, list]:
-        """Token ids and log-probs of n responses to each prompt, each up to and including its first stop token."""
+    @torch.no_grad()
+    def complete(self, contexts: list, u: Tensor, sampling: Sampling, stops=(), limits=(), memory=None) -> tuple:
+        """What the model writes behind R lists of ids, up to the first stop token.  -> R lists of ids, of log-probs
+
+        u [R, L] in [0, 1): the noise that decides each token. stops: texts that end a row too. limits: most tokens of
+        each row, L without. memory: filled here, for a later call whose contexts go on from these and what they became.
+        """
         model, device = plain(self.model), plain(self.model).device
-        width = max(map(len, prompts))
-        tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)  # left-padded
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-        padded = bool((lengths < width).any())
-        stops = torch.tensor(self.stop_ids, device=device)
-        u = u.to(device)
+        u, limits = u.to(device), torch.tensor(limits or [u.shape[1]] * len(u), device=device)
+        ends = torch.tensor(self.stop_ids, device=device)
+        stop = StopStringCriteria(self.tokenizer, list(stops)) if stops else None
 
         def forward(tokens: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
             with autocast(self.model):
                 inputs = {"input_ids": tokens, "position_ids": position, "attention_mask": mask if padded else None}
                 return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-        # Every prompt is read once and its cache repeated for the group.
-        cache = DynamicCache(config=model.config)
-        logits = forward(tokens, mask, (mask.cumsum(1) - 1).clamp(min=0), cache).repeat_interleave(n, 0)
-        cache.batch_repeat_interleave(n)
-        mask, position = mask.repeat_interleave(n, 0), lengths.repeat_interleave(n)[:, None]
-        rows = torch.arange(len(prompts) * n, device=device)  # which row each line of the shrinking batch is
+        if memory and memory.cache:
+            known, cache = memory.mask, memory.cache
+            new = [context[k:] for context, k in zip(contexts, known.sum(1).tolist(), strict=True)]
+        else:  # every prompt is read once and its cache repeated for the group
+            place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, contexts)))}
+            new, cache = list(map(list, place)), DynamicCache(config=model.config)
+            known = torch.zeros(len(new), 0, dtype=torch.int64, device=device)
+        width = max(map(len, new))
+        tokens = torch.tensor([[0] * (width - len(ids)) + ids for ids in new], device=device)  # left-padded
+        lengths = torch.tensor([len(ids) for ids in new], device=device)
+        mask = torch.cat([known, (torch.arange(width, device=device) >= width - lengths[:, None]).long()], 1)
+        padded = memory is not None or bool((mask == 0).any())
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
+        logits, position = forward(tokens, mask, position, cache), position[:, -1:] + 1
+        if len(new) < len(contexts):
+            index = torch.tensor([place[tuple(context)] for context in contexts], device=device)
+            cache.batch_select_indices(index)
+            logits, mask, position = logits[index], mask[index], position[index]
+        rows = torch.arange(len(contexts), device=device)  # which row each line of the shrinking batch is
         alive = torch.ones_like(rows, dtype=torch.bool)
-        ids = torch.full((len(rows), sampling.max_new_tokens), -1, device=device)
-        logps = torch.zeros(len(rows), sampling.max_new_tokens, device=device)
-        for t in range(sampling.max_new_tokens):
+        ids = torch.full((len(rows), int(limits.max())), -1, device=device)
+        logps = torch.zeros(ids.shape, device=device)
+        for t in range(ids.shape[1]):
             token, logp = sample_tokens(logits, u[rows, t], sampling.temperature, sampling.top_p)
             ids[rows, t] = torch.where(alive, token, -1)
             logps[rows, t] = logp
-            alive = alive & ~torch.isin(token, stops)
-            if t + 1 == sampling.max_new_tokens:
+            alive = alive & ~torch.isin(token, ends) & (t + 1 < limits[rows])
+            if stop:
+                alive = alive & ~stop(ids[rows, : t + 1].clamp(min=0), None)
+            if t + 1 == ids.shape[1]:
                 break
             if device.type == "cpu" or t % 8 == 7:  # looking at `alive` waits for a GPU: not at every step
                 left = int(alive.sum())
                 if left == 0:
                     break
-                if left <= 0.75 * len(rows):  # drop finished rows and their cache
+                if left <= 0.75 * len(rows) and memory is None:  # drop finished rows and their cache
                     kept = alive.nonzero().squeeze(1)
                     cache.batch_select_indices(kept)
                     rows, token, alive, mask, position = (x[kept] for x in (rows, token, alive, mask, position))
-            if padded:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            if padded:  # a row's last token is not remembered: the next call reads it with what follows
+                mask = torch.cat([mask, alive[:, None].long()], 1)
             logits = forward(token[:, None], mask, position, cache)
             position = position + 1
         lengths = (ids >= 0).sum(1).tolist()
-        return tuple([row[:k] for row, k in zip(rows.tolist(), lengths, strict=True)] for rows in (ids, logps))
+        ids, logps = ([row[:k] for row, k in zip(rows.tolist(), lengths, strict=True)] for rows in (ids, logps))
+        if memory is not None:
+            memory.cache, memory.mask = cache, mask
+        return ids, logps
 
 
 ENGINES = {"hf": HFEngine}  # the samplers behind --rollout

@@ -6,9 +6,9 @@ task.grade(example, text)       in [0, 1]; CORRECT or less
 task.demonstrate(example, rng)  a correct response, written out where the task knows how
 """
 
-import contextlib
 import difflib
 import importlib.util
+import inspect
 import itertools
 import logging
 import math
@@ -46,6 +46,16 @@ def stable_hash(*texts: str) -> int:
     return int.from_bytes(blake2b("\0".join(texts).encode(), digest_size=8).digest())
 
 
+def parse_options(owner: str, options: list[str], known: Any) -> dict[str, Any]:
+    """["key=value", ...] of a task's name, values read as YAML."""
+    values = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        require(key in known, f"{owner} has no option {key!r}{near(key, known)}")
+        values[key] = yaml.safe_load(value)
+    return values
+
+
 class Procedural:
     """Endless problems from self.problem(rng). A tenth of all prompts, by hash, is held out."""
 
@@ -70,100 +80,7 @@ class Procedural:
         return list(out.values())
 
 
-class Arithmetic(Procedural):
-    """123+456= answered by partial sums from either end: 500+70+9=579 (65% of demonstrations) or 9+70+500=579; and in
-    the task arithmetic, half of the time, 034*007= by 210+28=238 or 28+210=238; fields["domain"] says add or mul.
-    Only the outcome is graded: three terms (mul: two), whatever they are, and the right result behind the equals sign.
-    """
-
-    def __init__(self, name: str, *domains: str):
-        self.name, self.domains, self.high_first = name, domains, 0.65
-        self.form = re.compile(r"([0-9]+)(\+[0-9]+)" + "?" * ("mul" in domains) + r"\+([0-9]+)=([0-9]+)")
-
-    def problem(self, rng: random.Random) -> Example:
-        domain = rng.choice(self.domains) if len(self.domains) > 1 else self.domains[0]
-        first, second, sign = ((10, 99), (2, 9), "*") if domain == "mul" else ((100, 999), (100, 999), "+")
-        a, b = rng.randint(*first), rng.randint(*second)
-        named = {"domain": domain} if self.name == "arithmetic" else {}
-        prompt = [{"role": "user", "content": f"{a:03}{sign}{b:03}="}]
-        return Example(prompt, str(a * b if domain == "mul" else a + b), {"a": a, "b": b, **named})
-
-    def heldout(self, n: int) -> list[Example]:
-        """The domains take turns until one has no more."""
-        parts = [Procedural.heldout(Arithmetic(self.name, domain), n) for domain in self.domains]
-        return [example for turn in zip(*parts, strict=False) for example in turn][:n]
-
-    def grade(self, example: Example, completion: str) -> float:
-        match, two = self.form.fullmatch(completion), example.fields.get("domain") == "mul"
-        return float(match is not None and match[4] == example.answer and (match[2] is None) == two)
-
-    def demonstrate(self, example: Example, rng: random.Random) -> str:
-        a, b = example.fields["a"], example.fields["b"]
-        terms = [a // place % 10 * place + b // place % 10 * place for place in (100, 10, 1)]
-        if example.fields.get("domain") == "mul":
-            terms = [a // 10 * 10 * b, a % 10 * b]
-        terms = terms if rng.random() < self.high_first else terms[::-1]
-        return "+".join(map(str, terms)) + "=" + example.answer
-
-    def route(self, completion: str) -> str | None:
-        """The order a completion took: high (longest term first), low (last), or None if it has no such form."""
-        match = self.form.fullmatch(completion)
-        if match is None or len(match[1]) == len(match[3]):
-            return None
-        return "high" if len(match[1]) > len(match[3]) else "low"
-
-
 NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][+-]?\d+)?(?:/\d+)?")
-
-
-class ReasoningGym(Procedural):
-    """Any dataset of reasoning-gym; options are the fields of the dataset's config.
-
-    What is graded: the last <answer>...</answer>; without one, the last number if the gold answer is a number, else
-    the last line that is not empty. A number is right or wrong; elsewhere the dataset's partial credit counts, but
-    only beyond what nonsense gets. Some datasets call eval() on the answer: train on those in a container.
-    """
-
-    suffix = "\nEnd with the final answer alone between tags: <answer>...</answer>"
-
-    def __init__(self, spec: str):
-        from reasoning_gym.factory import DATASETS, create_dataset
-
-        self.name = spec
-        name, *options = re.split(r",(?=\w+=)", spec.removeprefix("reasoning_gym:"))
-        require(name in DATASETS, f"reasoning-gym has no dataset {name!r}{near(name, DATASETS)}")
-        known = set(DATASETS[name][1].__dataclass_fields__) - {"seed", "size"}
-        values = {}
-        for option in options:
-            key, _, value = option.partition("=")
-            require(key in known, f"reasoning-gym's {name} has no option {key!r}{near(key, known)}")
-            values[key] = yaml.safe_load(value)
-        try:
-            self.data = create_dataset(name, **values, seed=0, size=2**31)
-        except Exception as error:
-            raise UserError(f"reasoning-gym's {name} refuses these options: {first_line(error)}") from None
-
-    def problem(self, rng: random.Random) -> Example:
-        for _ in range(100):  # a generator may give up on a seed
-            with contextlib.suppress(Exception):
-                entry = self.data[rng.randrange(2**31)]
-                prompt = [{"role": "user", "content": entry["question"] + self.suffix}]
-                return Example(prompt, str(entry["answer"]), entry)
-        raise UserError(f"task {self.name!r}: the generator fails with these options; widen them")
-
-    def demonstrate(self, example: Example, rng: random.Random) -> str:
-        return f"<answer>{example.answer}</answer>"
-
-    def score(self, example: Example, answer: str) -> float:
-        return limited(self.data.score_answer, answer, example.fields) or 0.0
-
-    def grade(self, example: Example, completion: str) -> float:
-        numeric = NUMBER.fullmatch(example.answer)
-        answer = final_answer(completion, bool(numeric))
-        grade = self.score(example, answer)
-        if numeric:
-            return float(grade == CORRECT)
-        return grade if grade > max(0.01, self.score(example, "?")) else float(answer == example.answer)
 
 
 class Rows:
@@ -217,15 +134,21 @@ class Rows:
         return str(example.fields["solution"])
 
 
-Task = Arithmetic | ReasoningGym | Rows
+Task = Procedural | Rows
+# name -> module of common/families and class in it, which takes the spec and, by keyword, its options
+FAMILIES = {"addition": "arithmetic:Arithmetic", "arithmetic": "arithmetic:Arithmetic"}
+FAMILIES |= {"chain": "chain:Chain", "sokoban": "sokoban:Sokoban", "reasoning_gym": "gym:ReasoningGym"}
 
 
 def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "answer") -> Task:
-    """addition | arithmetic | reasoning_gym:NAME[,option=value,...] | gsm8k | file.jsonl, ... | DATASET[:config]"""
-    if spec in ("addition", "arithmetic"):
-        return Arithmetic(spec, "add") if spec == "addition" else Arithmetic(spec, "add", "mul")
-    if spec.startswith("reasoning_gym:"):
-        return ReasoningGym(spec)
+    """A name in FAMILIES | reasoning_gym:NAME[,option=value,...] | gsm8k | file.jsonl, ... | DATASET[:config]"""
+    name, _, options = spec.partition(":")
+    if name in FAMILIES:
+        module, _, family = FAMILIES[name].partition(":")
+        family = getattr(importlib.import_module(f"posttrain.common.families.{module}"), family)
+        known = [key for key, p in inspect.signature(family).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        options = options.split(",") if options and name != "reasoning_gym" else []  # that one reads its own
+        return family(spec, **parse_options(f"task {name!r}", options, known))
     if spec == "gsm8k":
         return Rows(spec, *load_rows("openai/gsm8k:main"), "question", "answer")
     return Rows(spec, *load_rows(spec), prompt_column, answer_column)
@@ -292,17 +215,23 @@ def make_reward(spec: str, task: Task) -> Callable[[Example, str], float]:
         return task.grade
     if spec == "random":
         return lambda example, completion: float(stable_hash(text_of(example), completion) % 2)
+    return from_file(spec, "--reward", "task, random, or path/to/file.py:function")
+
+
+def from_file(spec: str, flag: str, known: str) -> Callable:
+    """What a user's path/to/file.py:name holds, a function or a class."""
     path, _, name = spec.rpartition(":")
     found = path.endswith(".py") and Path(path).is_file()
-    require(found, f"--reward {spec!r}: give task, random, or path/to/file.py:function (no such file in {Path.cwd()})")
-    file = importlib.util.spec_from_file_location("user_reward", path)
-    module = sys.modules["user_reward"] = importlib.util.module_from_spec(file)
+    require(found, f"{flag} {spec!r}: give {known} (no such file in {Path.cwd()})")
+    named = "user_" + flag.strip("-")
+    file = importlib.util.spec_from_file_location(named, path)
+    module = sys.modules[named] = importlib.util.module_from_spec(file)
     sys.path.append(str(Path(path).resolve().parent))  # for what the file imports from beside it
     try:
         file.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UserError(f"--reward: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
-    require(callable(getattr(module, name, None)), f"--reward: {path} has no function {name!r}")
+        raise UserError(f"{flag}: {path} cannot be imported ({type(error).__name__}: {first_line(error)})") from None
+    require(callable(getattr(module, name, None)), f"{flag}: {path} has no {known.rpartition(':')[2]} {name!r}")
     return getattr(module, name)
 
 

@@ -65,7 +65,8 @@ def evaluate(
     rollout = engine.generate(problems, samples, sampling, key=(seed, 0, 1))
     greedy = engine.generate(problems, 1, Sampling(0.0, sampling.max_new_tokens), key=(seed, 0, 2))
     for part in (rollout, greedy):
-        part.reward = torch.tensor([task.grade(e, t) for e, t in zip(part.examples, part.texts, strict=True)])
+        if part.episodes[0] is None:  # else the environment has graded
+            part.reward = torch.tensor([task.grade(e, t) for e, t in zip(part.examples, part.texts, strict=True)])
     correct = (rollout.reward == CORRECT).view(-1, samples)
     average, passed = correct.double().mean(1), pass_at_k(correct, samples)
     metrics = {

@@ -25,8 +25,9 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.common.cli import cli, require
+from posttrain.common.environments.episodes import Episodes, demonstrated
 from posttrain.common.models import TINY, load_model, load_tokenizer, save_model
-from posttrain.common.rollout import HFEngine, Sampling, seed_of, written
+from posttrain.common.rollout import HFEngine, Sampling, encode, seed_of, written
 from posttrain.common.run import versions, write_atomically
 from posttrain.common.scoring import token_logps
 from posttrain.common.tasks import make_task
@@ -48,12 +49,15 @@ class Recipe:
     lr: float = 2e-3  # peak, after 20 steps of warm-up
     width: int = 96
     layers: int = 3
+    heads: int = 4  # of 32
+    max_turns: int = 1  # of an episode, for the measurement
 
 
 MAX_STEPS = 6000  # more than any recipe takes
 # Useful, imperfect, and with another taste in orders than the student: what calibration is for.
 EXPERT = {"task": "arithmetic", "max_new_tokens": 20, "decay_below": 9.0}  # decays from the start
 EXPERT |= {"start": "arithmetic-student", "high_first": 0.4, "batch": 128}  # half of a batch is of the domain
+CHAIN = {"max_new_tokens": 120, "max_turns": 10, "lr": 3e-3}
 FAMILIES = {
     "addition": {
         "addition-student": Recipe("addition", max_new_tokens=20, decay_below=0.5, decay_steps=150),
@@ -64,12 +68,18 @@ FAMILIES = {
         "arithmetic-add-teacher": Recipe(**EXPERT, domain="add", decay_steps=200),
         "arithmetic-mul-teacher": Recipe(**EXPERT, domain="mul", decay_steps=500),
     },
+    "chain": {  # only the student has ever seen a call fail
+        "chain-student": Recipe(
+            "chain:shown_fault=0.12", **CHAIN, decay_below=0.25, decay_steps=150, width=48, layers=2, heads=2
+        ),
+        "chain-teacher": Recipe("chain", **CHAIN, decay_below=0.02, decay_steps=300, width=64, heads=2),
+    },
 }
 
 
 @dataclass
 class Config:
-    family: Annotated[str, tyro.conf.Positional]  # which models to make: addition, arithmetic
+    family: Annotated[str, tyro.conf.Positional]  # which models to make: addition, arithmetic, chain
     seed: int = 0  # of weights and data
     out: str = str(TINY)  # folder that receives one folder a model
     save_every: int = 100  # steps between checkpoints
@@ -99,8 +109,8 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCa
         hidden_size=recipe.width,
         intermediate_size=8 * recipe.width // 3,
         num_hidden_layers=recipe.layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads // 2,
         head_dim=32,
         max_position_embeddings=512,
         tie_word_embeddings=True,
@@ -137,7 +147,11 @@ def train(name: str, recipe: Recipe, config: Config, out: Path) -> tuple[Qwen3Fo
         problems = task.draw(recipe.batch, config.seed, step, 0)
         problems = [example for example in problems if recipe.domain in ("", example.fields.get("domain"))]
         rng = random.Random(seed_of(config.seed, step, 1))
-        batch = written(tokenizer, problems, [task.demonstrate(problem, rng) for problem in problems])
+        shown = [task.demonstrate(problem, rng) for problem in problems]
+        if recipe.max_turns > 1:
+            batch = demonstrated(tokenizer, [encode(tokenizer, problem.prompt) for problem in problems], shown)
+        else:
+            batch = written(tokenizer, problems, shown)
         logps, _ = token_logps(model, batch)
         loss = -logps.sum() / batch.loss_mask.sum()
         loss.backward()
@@ -173,12 +187,16 @@ def main(config: Config) -> None:
         save_model(model.to(torch.bfloat16), make_tokenizer(), out / name)
         path, task = str(out / name), make_task(recipe.task)
         engine = HFEngine(load_model(path, torch.device("cpu")), load_tokenizer(path))
+        engine = Episodes(engine, task.environment, recipe.max_turns) if recipe.max_turns > 1 else engine
         figures, rollout = evaluate(
             engine, task, task.heldout(config.problems), 8, Sampling(1.0, recipe.max_new_tokens), seed=0, by="domain"
         )
         figures |= {"parameters": sum(p.numel() for p in engine.model.parameters())}
-        correct = [task.route(text) for text, reward in zip(rollout.texts, rollout.reward, strict=True) if reward == 1]
-        figures["route_high"] = correct.count("high") / max(1, len(correct))
+        if hasattr(task, "route"):
+            correct = [
+                task.route(text) for text, reward in zip(rollout.texts, rollout.reward, strict=True) if reward == 1
+            ]
+            figures["route_high"] = correct.count("high") / max(1, len(correct))
         facts = {"command": command, "recipe": asdict(recipe), "steps": steps, **figures, "versions": versions()}
         write_atomically(record, json.dumps(facts, indent=1) + "\n")
         (out / f"{name}.pt").unlink(missing_ok=True)

@@ -123,9 +123,10 @@ def test_a_row_does_not_depend_on_the_prompts_batched_with_it(engine):
     engine, prompts = engine
     ids = [encode(engine.tokenizer, example.prompt) for example in prompts]
     u = torch.rand(len(ids), 4, 16, generator=torch.Generator().manual_seed(5))
-    together, logps = engine._decode(ids, 4, Sampling(1.0, 16), u.flatten(0, 1))
+    together, logps = engine.complete([row for row in ids for _ in range(4)], u.flatten(0, 1), Sampling())
     for order in ([2], [4, 0], [3, 1, 2]):
-        alone, alone_logps = engine._decode([ids[i] for i in order], 4, Sampling(1.0, 16), u[order].flatten(0, 1))
+        some = [ids[i] for i in order for _ in range(4)]
+        alone, alone_logps = engine.complete(some, u[order].flatten(0, 1), Sampling())
         where = [4 * i + j for i in order for j in range(4)]
         assert alone == [together[i] for i in where]
         for row, i in zip(alone_logps, where, strict=True):

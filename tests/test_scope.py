@@ -14,9 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from posttrain.common.cli import UserError
+from posttrain.common.families.arithmetic import Arithmetic
 from posttrain.common.models import TINY, load_model, load_tokenizer
 from posttrain.common.rollout import HFEngine, Sampling
-from posttrain.common.tasks import Arithmetic, make_task
+from posttrain.common.tasks import make_task
 from posttrain.methods import opd, scope_opd
 from posttrain.methods.scope_opd import (
     Config,
@@ -660,8 +661,8 @@ def test_a_response_without_tokens_takes_no_path(spy, tmp_path, monkeypatch):
     """With --mask-eos, a response of the end token alone: its perplexity would be 1, and win."""
 
     class Mute(HFEngine):
-        def _decode(self, prompts, n, sampling, u):
-            ids, logps = super()._decode(prompts, n, sampling, u)
+        def complete(self, *args):
+            ids, logps = super().complete(*args)
             return [self.stop_ids[:1], *ids[1:]], [[-1.0], *logps[1:]]
 
     monkeypatch.setitem(scope_opd.ENGINES, "hf", Mute)
@@ -729,11 +730,11 @@ def test_the_probe_grades_what_was_kept_and_what_the_teacher_added(capsys):
             return graded[-1][-1]
 
     class Silent(HFEngine):
-        def _decode(self, prompts, n, sampling, u):
-            return [[self.stop_ids[0]] for _ in prompts], [[0.0] for _ in prompts]
+        def complete(self, contexts, *args):
+            return [[self.stop_ids[0]] for _ in contexts], [[0.0] for _ in contexts]
 
     teacher, config = Silent(engine.model, engine.tokenizer), Config(group_size=4, recovery_probe=8)
-    scope_opd.recovery_probe(engine, teacher, Task("addition", "add"), Sampling(1.0, 20), 98, config)
+    scope_opd.recovery_probe(engine, teacher, Task("addition"), Sampling(1.0, 20), 98, config)
     wrong, rest = [(p, text) for p, text, grade in graded[:32] if not grade], graded[32:]
     assert len(rest) == 4 * len(wrong) > 16
     for kept, part in zip(

@@ -51,6 +51,7 @@ def multi_turn():
         reward=torch.tensor([1.0, 0.0]),
         texts=["ab c", "d"],
         examples=[Example([], "x"), Example([], "y")],
+        episodes=[None, None],
     )
 
 
