@@ -123,8 +123,9 @@ class Run:
                 yield step
                 self.progress.advance(self.bar)
 
-    def log(self, step: int, metrics: dict[str, float], rollout: Rollout | None = None) -> None:
-        """One line of metrics.jsonl, the live line, wandb; the best, the worst and one more sample of the batch."""
+    def log(self, step: int, metrics: dict, rollout: Rollout | None = None, signals: dict | None = None) -> None:
+        """One line of metrics.jsonl, the live line, wandb; the best, the worst and one more sample of the batch, with
+        signals, [N, T] by name, on each of its tokens (scripts/transcript.py shows them)."""
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
@@ -134,7 +135,13 @@ class Run:
         with (self.folder / "samples.jsonl").open("a") as file:
             for kind, i in sample_rows(rollout, step).items():
                 row = {"step": step, "kind": kind, "prompt": rollout.examples[i].prompt, "text": rollout.texts[i]}
-                file.write(json.dumps({**row, "reward": rollout.reward[i].item()}) + "\n")
+                row |= {"reward": rollout.reward[i].item()}
+                if signals:
+                    known = {"ids": rollout.tokens, "turn": rollout.turn, **signals}
+                    length = int(rollout.attention_mask[i].sum())
+                    row |= {name: [round(x, 4) for x in values[i, :length].tolist()] for name, values in known.items()}
+                    row |= {"episode": dataclasses.asdict(rollout.episodes[i])} if rollout.episodes[i] else {}
+                file.write(json.dumps(row) + "\n")
         keys = ("reward", "accuracy", "entropy", "length")
         live = "  ".join(f"{key} {metrics[f'train/{key}']:.3g}" for key in keys if f"train/{key}" in metrics)
         live += f"  {metrics['time/tokens_per_second']:.0f} tokens/s"

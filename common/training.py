@@ -75,6 +75,11 @@ def evaluate(
         "eval/pass_at_k": passed.mean().item(),
         "eval/greedy": (greedy.reward == CORRECT).double().mean().item(),
     }
+    if rollout.episodes[0]:
+        failed = torch.tensor([any(turn.failed for turn in episode.turns) for episode in rollout.episodes])
+        metrics["eval/failed_share"] = failed.double().mean().item()  # of episodes with a failed call or action
+        for name, rows in (("with_failure", failed), ("without_failure", ~failed)):
+            metrics[f"eval/accuracy/{name}"] = correct.flatten()[rows].double().sum().item() / max(1, int(rows.sum()))
     kinds = [example.fields.get(by) for example in problems]
     for kind in sorted({kind for kind in kinds if isinstance(kind, str)}):
         rows = torch.tensor([k == kind for k in kinds])
