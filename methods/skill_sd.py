@@ -8,19 +8,17 @@ loss mask, N = sum m, and h = 1 on the rows of tasks that have a skill:
     (1)  A      = (R - mean_group) / (std_group + eps),   R = the episode's reward
     (2)  L_GRPO = -sum_it m min(r A, clip(r, 1 - eps_lo, 1 + eps_hi) A) / N,   r = exp(s - o)
     (3)  L_SDL  = sum_it m h r (exp(-l) - 1 + l) / N,   l = s - q                                 --est --sdl-agg
-    (4)  L      = task_coef L_GRPO + sdl_coef L_SDL
+    (4)  L      = adv_grpo L_GRPO + sdl_coef L_SDL
     (5)  the skill to read: the oldest untried one, else argmax mean + c sqrt(ln sum n / n)       --ucb
     (6)  an episode -> success_analysis, mistake_analysis, golden_workflow                        --summarizer --skill
 
 Differs from grpo.py in (3), (5) and (6); from opd.py in that the teacher is the student with something to read.
 
 Good to know
-- d/ds of r k3(l) is r l: what k3 adds cancels. So (3) has value and gradient of the reverse KL, position by position.
+- d/ds of r k3(l) is r l, what k3 adds cancels: (3) has value and gradient of the reverse KL, position by position.
   Without r, or with r detached, the gradient is the forward KL's, although r is 1 at the first step.
-- The paper copies the student into the teacher each step (--teacher-sync live). A tiny student that never reads
-  skills while it trains forgets how to: compare skill/teacher_success with skill/train_success.
-- A skill is of one task and helps no other: look at training tasks (skill/train_success) beside held-out ones.
-- Left out: summaries in the background (here between two steps), and the paper's external summariser.
+- The paper copies the student into the teacher each step (--teacher-sync live). A tiny student that never reads skills
+  in training forgets how to. A skill helps no other task: look at training tasks beside held-out ones.
 
 Run: python methods/skill_sd.py        Expected: see the table of results in README.md.
 """
@@ -31,16 +29,17 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from posttrain.common.cli import cli, require
-from posttrain.common.environments.episodes import Episodes, make_environment
-from posttrain.common.environments.summaries import ask_for_summaries
-from posttrain.common.models import load_model, load_tokenizer, plain, prepare
+from posttrain.common.environments.episodes import Episodes
+from posttrain.common.environments.summaries import best_rows, skill_text, summarise
+from posttrain.common.environments.tools import Form, make_environment
+from posttrain.common.models import load_model, load_tokenizer, prepare
 from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts
 from posttrain.common.run import Run
-from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, score, token_logps
-from posttrain.common.tasks import CORRECT, Example, make_task, text_of
+from posttrain.common.scoring import lm_head, micro_batches, sampled_hidden, score, score_within, token_logps
+from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task, text_of
 from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
 from posttrain.kernels.divergence import linear_divergence
 
@@ -49,13 +48,13 @@ PRESETS = {
     "paper": {"teacher_sync": "live", "sdl_coef": 0.001},
     "naive": {"teacher_sync": "live", "est": "k3", "sdl_coef": 1.0},  # both losses added as they are
 }
-KINDS = {"success_analysis": "workflow", "mistake_analysis": "mistakes", "golden_workflow": "workflow"}
 
 
 @dataclass
 class Config:
     model: str = "sokoban-student"  # folder, hub name, or a built-in tiny model
     task: str = "sokoban"  # sokoban, chain, reasoning_gym:NAME, gsm8k, file.jsonl, or a datasets name
+    reward: str = "task"  # task = the environment's, random, or path/to/file.py:function of the transcript
     prompt_column: str = "prompt"  # of a file or datasets name
     answer_column: str = "answer"  # of a file or datasets name
     steps: int = 100  # batches of episodes (paper: about 160 for its Sokoban)
@@ -84,9 +83,11 @@ class Config:
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
     # --- this method
     preset: Literal[tuple(PRESETS)] = "none"  # paper's own flags, or the naive sum of both losses; explicit flags win
-    environment: str = "task"  # task (its own), calculator, python, or path/to/file.py:Class
-    max_turns: int = 12  # of an episode
-    task_coef: float = 1.0  # weight of Eq. 2; 0 = self-distillation alone
+    environment: str = "task"  # the task's own, calculator or python (a tool for any task), or path/to/file.py:Class
+    tool_format: Form = "hermes"  # of the tool calls of a chat model: <tool_call> tags, or a bare JSON object
+    max_turns: int = 12  # of an episode (paper: 40)
+    max_seconds: float = 0.0  # of a batch of episodes; 0 = no limit
+    adv_grpo: float = 1.0  # weight of Eq. 2; 0 = self-distillation alone
     sdl_coef: float = 0.1  # weight of Eq. 3 (paper: 0.001); 0 = GRPO
     est: Literal["iw_k3", "k3", "iw_k3_detached", "pg", "full"] = "iw_k3"  # Eq. 3; see sdl_token_loss
     sdl_agg: Literal["token", "seq_sum"] = "token"  # N of Eq. 3: all sampled tokens, or the rows
@@ -96,12 +97,12 @@ class Config:
     skill: Literal["both", "workflow", "mistakes", "none"] = "both"  # which parts of a summary are kept
     skill_to: Literal["teacher", "student"] = "teacher"  # who reads it; student: skill-augmented GRPO, no Eq. 3
     sampler: Literal["student", "teacher"] = "student"  # who plays; teacher: reads the skill, o is its log-prob
-    summarizer: Literal["rules", "model"] = "rules"  # of Eq. 6: the task's own, or a model (paper: an external one)
-    summarizer_model: str = ""  # folder, hub name or built-in model that writes summaries; empty = the policy itself
+    summarizer: str = (
+        "rules"  # of Eq. 6: rules (the task's own), self (the policy), or a model (paper: an external one)
+    )
     summary_tokens: int = 128  # most tokens of a summary by a model
     ucb: float = 1.0  # c of Eq. 5
     bank_size: int = 6  # newest skills kept for each task
-    adv_eps: float = 1e-6  # of Eq. 1
     eps_lo: float = 0.2  # lower clip
     eps_hi: float = 0.28  # upper clip
     minibatches: int = 1  # optimizer steps a batch
@@ -109,10 +110,9 @@ class Config:
     rho_max: float = 0.0  # bound of r in Eq. 3 (GenEvolve: 2); 0 = off
     tok_cap: float = 0.0  # bound of a token's loss in Eq. 3; 0 = off
     top_frac: float = 1.0  # Eq. 3 only on this fraction of tokens, those with the largest |l|
-    train_problems: int = 36  # training tasks of skill/train_success, 4 episodes each
 
 
-def group_advantages(reward: Tensor, group: Tensor, eps: float) -> Tensor:
+def group_advantages(reward: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
     """Eq. 1, ddof 1. Exactly 0 where a group's rewards are equal, 0 where not a number.  [N], [N] -> [N]"""
     scored, group = ~reward.isnan(), group.unique(return_inverse=True)[1]
     zeros = reward.new_zeros(int(group.max()) + 1)
@@ -135,15 +135,12 @@ def sdl_token_loss(logps: Tensor, old_logps: Tensor, teacher_logps: Tensor, loss
     iw_k3: value and gradient of KL(student||teacher). k3 and iw_k3_detached: the gradient of KL(teacher||student) when
     on-policy. pg: -l as an advantage, the gradient of iw_k3 with another value.
     """
-    ell = torch.where(loss_mask > 0, logps - teacher_logps, 0)
-    ratio = torch.where(loss_mask > 0, logps - old_logps, 0).clamp(max=10).exp()
-    if config.ell_clip:
-        ell = ell.clamp(-config.ell_clip, config.ell_clip)
-    if config.rho_max:
-        ratio = ratio.clamp(max=config.rho_max)
+    bound, ratio_bound, cap = (x or math.inf for x in (config.ell_clip, config.rho_max, config.tok_cap))
+    ell = torch.where(loss_mask > 0, logps - teacher_logps, 0).clamp(-bound, bound)
+    ratio = torch.where(loss_mask > 0, logps - old_logps, 0).clamp(max=10).exp().clamp(max=ratio_bound)
     k3 = (-ell).clamp(max=20).exp() - 1 + ell
     forms = {"iw_k3": ratio * k3, "k3": k3, "iw_k3_detached": ratio.detach() * k3, "pg": ratio * ell.detach()}
-    return forms[config.est].clamp(max=config.tok_cap) if config.tok_cap else forms[config.est]
+    return forms[config.est].clamp(max=cap)
 
 
 def largest_gaps(ell: Tensor, mask: Tensor, fraction: float) -> Tensor:
@@ -175,53 +172,16 @@ def with_skill(prompt: list[dict[str, str]], text: str) -> list[dict[str, str]]:
     return [{**system, "content": f"{text}\n\n{system['content']}".rstrip()}, *rest] if text else prompt
 
 
-def skill_text(skill: dict[str, str], kind: str, task) -> str:
-    """What of a summary is kept, as the teacher reads it: in the task's own form if it has one."""
-    kept = {key: text if kind in (KINDS[key], "both") else "" for key, text in skill.items()}
-    plain_form = "\n".join(f"{key.replace('_', ' ')}: {text}" for key, text in kept.items() if text)
-    return task.skill_text(kept) if hasattr(task, "skill_text") else plain_form
-
-
-def best_rows(rollout: Rollout) -> list[int]:
-    """Each group's row to learn from: highest reward, then fewest turns, then the first."""
-    order = sorted(range(len(rollout)), key=lambda i: (-rollout.reward[i].item(), len(rollout.episodes[i].turns), i))
-    return [next(i for i in order if rollout.group[i] == g) for g in rollout.group.unique()]
-
-
-def summarise(rollout: Rollout, rows: list[int], task, writer, config: Config, key: tuple) -> list[dict | None]:
-    """Eq. 6 of the given rows. A failed episode never makes a workflow."""
-    if config.summarizer == "rules":
-        found = [task.summarise(rollout.examples[i], rollout.episodes[i]) for i in rows]
-    else:
-        found = ask_for_summaries(writer, rollout, rows, Sampling(config.temperature, config.summary_tokens), key)
-    failed = {"success_analysis": "", "golden_workflow": ""}
-    return [s and (s if rollout.reward[i] == CORRECT else s | failed) for s, i in zip(found, rows, strict=True)]
-
-
-def opening(make, example: Example) -> list[dict[str, str]]:
-    """The prompt x with which the environment opens an episode."""
-    prompt = make(example, 0).reset(example)
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
 def full_divergence(policy, hidden: Tensor, teacher, seen: Rollout, on: Tensor, loss_mask: Tensor, t: float) -> Tensor:
     """KL(student||teacher) over the vocabulary where on [N, T], the tokens of seen, at temperature t.  -> [N, T]"""
     with torch.no_grad():
         theirs = sampled_hidden(teacher, seen)
     heads = {f"student_{k}": v for k, v in lm_head(policy).items()}
     heads |= {f"teacher_{k}": v for k, v in lm_head(teacher).items()}
-    ours = hidden[on[loss_mask.bool()]]
-    values = linear_divergence(ours, teacher_hidden=theirs, kind="reverse_kl", temperature=t, **heads)
-    return torch.zeros_like(loss_mask).masked_scatter(on, values)
-
-
-def reread(teacher: nn.Module, seen: Rollout, rollout: Rollout, config: Config) -> tuple[Tensor, Tensor]:
-    """q on the rollout's positions, and the mask of tokens that the teacher's context holds.  -> [N, T], [N, T]"""
-    context = getattr(plain(teacher).config, "max_position_embeddings", None) or seen.tokens.shape[1]
-    held = (seen.attention_mask.cumsum(1) <= context) * seen.attention_mask
-    held = replace(seen, attention_mask=held, loss_mask=seen.loss_mask * held)
-    logps, _ = score(teacher, held, config.micro_batch_tokens, config.temperature)
-    return carry(logps, seen, rollout), carry(held.loss_mask, seen, rollout)
+    kl = linear_divergence(
+        hidden[on[loss_mask.bool()]], teacher_hidden=theirs, kind="reverse_kl", temperature=t, **heads
+    )
+    return torch.zeros_like(loss_mask).masked_scatter(on, kl)
 
 
 def check(config: Config) -> None:
@@ -233,8 +193,6 @@ def check(config: Config) -> None:
     require(shares, "--ema must lie in [0, 1], --top-frac in (0, 1]")
     average = config.teacher_sync == "ema" and config.lora_rank > 0
     require(not average, "--teacher-sync ema averages full weights: it needs --lora-rank 0")
-    asked = config.summarizer == "model" or not config.summarizer_model
-    require(asked, "--summarizer-model writes the summaries of --summarizer model: give both")
     apart = config.est != "full" or config.teacher_sync != "live" or config.minibatches == 1
     require(apart, "--est full reads the live teacher, which moves between --minibatches: take another --teacher-sync")
 
@@ -243,32 +201,32 @@ def main(config: Config) -> None:
     check(config)
     device = prepare(config)
     task = make_task(config.task, config.prompt_column, config.answer_column)
-    make = make_environment(config.environment, task)
-    told = config.summarizer != "rules" or hasattr(task, "summarise")
-    require(told, f"task {config.task!r} has no rules to summarise episodes by: --summarizer model")
+    reward, make = make_reward(config.reward, task), make_environment(config.environment, task, config.tool_format)
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     live = config.teacher_sync == "live"
     teacher = policy if live else load_model(config.model, device, config.dtype).requires_grad_(False)
-    engine = Episodes(ENGINES[config.rollout](policy, tokenizer), make, config.max_turns)
-    teacher_engine = Episodes(HFEngine(teacher, tokenizer), make, config.max_turns)
-    writer = engine.engine
-    if config.summarizer_model:
-        other = load_model(config.summarizer_model, device, config.dtype, train=False)
-        writer = HFEngine(other, load_tokenizer(config.summarizer_model))
+    engine = Episodes(ENGINES[config.rollout](policy, tokenizer), make, config.max_turns, config.max_seconds)
+    teacher_engine = Episodes(HFEngine(teacher, tokenizer), make, config.max_turns, config.max_seconds)
+    writer = engine.engine if config.summarizer == "self" else None
+    if config.summarizer not in ("rules", "self"):
+        other = load_model(config.summarizer, device, config.dtype, train=False)
+        writer = HFEngine(other, load_tokenizer(config.summarizer))
+    require(writer or hasattr(task, "summarise"), f"task {config.task!r} has no rules of its own: --summarizer self")
     optimizer = Optimizer(policy, config)
     run = Run(config, "skill_sd")
     state = {"bank": {}, "solved": {}}  # by task: its skills, oldest first; the step that first solved it
     parts = {"policy": policy, "optimizer": optimizer, "state": state}
     parts |= {"teacher": teacher} if config.teacher_sync == "ema" else {}
+    brief = Sampling(config.temperature, config.summary_tokens)
     sampling, limit = Sampling(config.temperature, config.max_new_tokens), config.micro_batch_tokens
-    fixed = task.draw(config.train_problems, 0)
+    fixed = task.draw(36, 0)  # training tasks that evaluations look at
 
     def examine(step: int) -> dict[str, float]:
         """Held-out evaluation; on training tasks the student's success, and the teacher's with skills."""
         metrics, banks = run.evaluate(step, engine, task), [state["bank"].get(text_of(e), []) for e in fixed]
         texts = [bank[choose(bank, config.ucb)]["text"] if bank else "" for bank in banks]
-        read = [encode(tokenizer, with_skill(opening(make, e), text)) for e, text in zip(fixed, texts, strict=True)]
+        read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(engine.openings(fixed), texts, strict=True)]
         for i, name, player, starts in ((3, "train", engine, ()), (4, "teacher", teacher_engine, read)):
             rollout = player.generate(fixed, 4, sampling, (config.seed, 0, i), starts)
             metrics[f"skill/{name}_success"] = (rollout.reward == CORRECT).double().mean().item()
@@ -280,57 +238,55 @@ def main(config: Config) -> None:
     if not done:
         metrics = examine(0)
         if hasattr(task, "oracle"):  # can the teacher read at all?
-            problems = task.heldout(config.eval_problems)
-            texts = [skill_text(task.oracle(example), "both", task) for example in problems]
-            told = [replace(e, prompt=with_skill(e.prompt, text)) for e, text in zip(problems, texts, strict=True)]
+            told = [(e, skill_text(task.oracle(e), "both", task)) for e in task.heldout(config.eval_problems)]
+            told = [replace(e, prompt=with_skill(e.prompt, text)) for e, text in told]
             goal = run.evaluate(0, teacher_engine, task, "teacher with a perfect skill", told)
             metrics |= {f"teacher/{key}": value for key, value in goal.items()}
         run.log(0, metrics)
 
     for step in run.steps(done):
         # --- sample and grade
-        clock = [time.perf_counter()]
-        key = (config.seed, step, 0)
+        clock, key = [time.perf_counter()], (config.seed, step, 0)
         problems = task.draw(config.prompts_per_step, *key)
         banks = [state["bank"].setdefault(text_of(example), []) for example in problems]
         chosen = [choose(bank, config.ucb) for bank in banks]
         texts = ["" if i is None else bank[i]["text"] for i, bank in zip(chosen, banks, strict=True)]
-        openings = [opening(make, example) for example in problems]
+        openings = engine.openings(problems)
         read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(openings, texts, strict=True)]
         if config.sampler == "teacher":
             rollout = teacher_engine.generate(problems, config.group_size, sampling, key, read)
-            rollout = under_prompts(
-                rollout, [encode(tokenizer, openings[g]) for g in rollout.group.tolist()], tokenizer.pad_token_id
-            )
+            plain = [encode(tokenizer, openings[g]) for g in rollout.group.tolist()]
+            rollout = under_prompts(rollout, plain, tokenizer.pad_token_id)
         else:
             rollout = engine.generate(problems, config.group_size, sampling, key, read * (config.skill_to == "student"))
+        if config.reward != "task":
+            rollout.reward = torch.tensor(grade_all(reward, rollout.examples, rollout.texts), device=device)
         clock.append(time.perf_counter())
 
         # --- score
-        mask, behaviour_logps, old_logps = rollout.loss_mask, rollout.behaviour_logps, None  # None: the ratio is 1
-        if config.sampler == "teacher":
-            old_logps = behaviour_logps
-        elif config.minibatches > 1:
+        mask, behaviour_logps = rollout.loss_mask, rollout.behaviour_logps
+        old_logps = behaviour_logps if config.sampler == "teacher" else None  # None: the ratio is 1
+        if old_logps is None and config.minibatches > 1:
             old_logps, _ = score(policy, rollout, limit, config.temperature)
         coef = config.sdl_coef * (max(0.0, 1 - step / config.warmdown) if config.warmdown else 1)
-        teacher_logps, sdl_mask, place = torch.zeros_like(mask), torch.zeros_like(mask), torch.zeros_like(rollout.group)
-        skilled = torch.tensor([bool(text) for text in texts], device=device)[rollout.group]  # [N], h
-        rows = (skilled & (coef > 0)).nonzero().squeeze(1)
-        if len(rows):
-            seen = under_prompts(rollout[rows], [read[g] for g in rollout.group[rows].tolist()], tokenizer.pad_token_id)
-            teacher_logps[rows], sdl_mask[rows] = reread(teacher, seen, rollout[rows], config)
-            place[rows] = torch.arange(len(rows), device=device)  # of a row in seen
+        teacher_logps, sdl_mask = torch.zeros_like(mask), torch.zeros_like(mask)
+        skilled = torch.tensor([coef > 0 and bool(text) for text in texts], device=device)[rollout.group]  # [N], h
+        readers = skilled.nonzero().squeeze(1)
+        if len(readers):
+            source, prompts = rollout[readers], [read[g] for g in rollout.group[readers].tolist()]
+            seen = under_prompts(source, prompts, tokenizer.pad_token_id)
+            teacher_logps[readers], sdl_mask[readers] = score_within(teacher, seen, source, limit, config.temperature)
             require(teacher_logps.isfinite().all(), "the teacher's log-probs are not finite: lower --lr")
         clock.append(time.perf_counter())
 
         # --- weigh
-        advantages = group_advantages(rollout.reward, rollout.group, config.adv_eps)  # [N]
+        advantages = group_advantages(rollout.reward, rollout.group)  # [N]
         gap = (behaviour_logps - teacher_logps) * sdl_mask
         sdl_mask, n_read = largest_gaps(gap, sdl_mask, config.top_frac), sdl_mask.sum().clamp(min=1)
 
         # --- update
-        stats, metrics = Stats(), rollout_metrics(rollout, task.grade, task)
-        learns = bool((config.task_coef * advantages).any()) or bool(sdl_mask.any())
+        stats, metrics = Stats(), rollout_metrics(rollout, reward, task)
+        learns = bool((config.adv_grpo * advantages).any()) or bool(sdl_mask.any())
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
         for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
             c = 1 / mask[part].sum().clamp(min=1)  # 1 / N
@@ -342,11 +298,10 @@ def main(config: Config) -> None:
                 logps, entropy = token_logps(policy, batch, config.temperature, hidden=hidden)
                 old = logps.detach() if old_logps is None else old_logps[at]
                 grpo = (policy_token_loss(logps, old, advantages[at], m, config) * m * c).sum()
-                loss, sdl = config.task_coef * grpo, torch.zeros_like(grpo)
-                told = skilled[at] & (coef > 0)
-                if told.any():
+                loss, sdl = config.adv_grpo * grpo, torch.zeros_like(grpo)
+                if skilled[at].any():
                     if config.est == "full":
-                        shown, on = seen[place[at[told]]], told[:, None] & m.bool()
+                        shown, on = seen[torch.searchsorted(readers, at[skilled[at]])], skilled[at][:, None] & m.bool()
                         token_loss = full_divergence(policy, hidden, teacher, shown, on, m, config.temperature)
                     else:
                         token_loss = sdl_token_loss(logps, old, teacher_logps[at], sdl_mask[at], config)
@@ -366,25 +321,25 @@ def main(config: Config) -> None:
 
         # --- remember, for later steps only
         for g, (i, bank) in enumerate(zip(chosen, banks, strict=True)):
-            reward = rollout.reward[rollout.group == g]
+            got = rollout.reward[rollout.group == g].nan_to_num(0)
             if i is not None:
-                bank[i] |= {"n": bank[i]["n"] + 1, "reward_sum": bank[i]["reward_sum"] + reward.mean().item()}
-            if (reward == CORRECT).any():
+                bank[i] |= {"n": bank[i]["n"] + 1, "reward_sum": bank[i]["reward_sum"] + got.mean().item()}
+            if (got == CORRECT).any():
                 state["solved"].setdefault(text_of(problems[g]), step)
         best = best_rows(rollout) if config.skill != "none" else []
-        summaries = summarise(rollout, best, task, writer, config, (config.seed, step, 1))
+        summaries = summarise(rollout, best, task, writer, brief, (config.seed, step, 1))
         for i, bank, summary in zip(best, banks, summaries, strict=False):
-            if summary:
-                keep(bank, skill_text(summary, config.skill, task), rollout.reward[i].item(), config.bank_size)
+            text = skill_text(summary, config.skill, task) if summary else ""
+            keep(bank, text, rollout.reward[i].item(), config.bank_size)
 
         # --- log, evaluate and save
         metrics |= {"teacher/kl": (gap.sum() / n_read).item(), "teacher/kl_abs": (gap.abs().sum() / n_read).item()}
-        metrics |= {"skill/told": skilled.double().mean().item(), "skill/ever_solved": len(state["solved"])}
+        metrics |= {"skill/told": sum(map(bool, texts)) / len(texts), "skill/ever_solved": len(state["solved"])}
         metrics |= {"skill/bank": sum(map(len, state["bank"].values())), "skill/new": sum(map(bool, summaries))}
         metrics |= stats.metrics() | resources(clock, rollout)
         if run.due(step, config.eval_every):
             metrics |= examine(step)
-        run.log(step, metrics, rollout)
+        run.log(step, metrics, rollout, {"gap": gap, "advantage": advantages[:, None] * mask})
         if run.due(step, config.save_every):
             run.save(step, **parts)
     run.finish(policy, tokenizer, compare=("grpo-sokoban", "skill-sd"))

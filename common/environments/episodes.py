@@ -94,6 +94,10 @@ class Episodes:
         self.model, self.tokenizer, self.stop_ids = engine.model, engine.tokenizer, engine.stop_ids
         self.pool = ThreadPoolExecutor(os.cpu_count())  # a tool may be a process that takes its time
 
+    def openings(self, examples: list[Example]) -> list[list[dict[str, str]]]:
+        """The prompts with which episodes of the examples begin."""
+        return [opening(self.make_environment(example, 0), example) for example in examples]
+
     def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple, starts: list = ()) -> Rollout:
         """n episodes of each example, or behind its ids in starts, with their rewards.
 
@@ -104,8 +108,7 @@ class Episodes:
         for i, example in enumerate(example for example in examples for _ in range(n)):
             seed = seed_of(*key, i)
             environment = self.make_environment(example, seed)
-            prompt = guard(environment.reset, example)
-            example = replace(example, prompt=[{"role": "user", "content": prompt}] if type(prompt) is str else prompt)
+            example = replace(example, prompt=opening(environment, example))
             ids = list(starts[i // n]) if starts else encode(self.tokenizer, example.prompt)
             noise = torch.rand(2 * length, generator=torch.Generator().manual_seed(seed))
             rows.append(Row(environment, example, ids, noise))
@@ -164,6 +167,12 @@ class Episodes:
             if len(going) < len(rows):
                 memory.keep(going)
             rows = [rows[i] for i in going]
+
+
+def opening(environment: Any, example: Example) -> list[dict[str, str]]:
+    """The prompt with which an episode begins."""
+    prompt = guard(environment.reset, example)
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def guard(method: Callable, argument: Any) -> Any:

@@ -277,7 +277,7 @@ class Sokoban:
 
     def demonstrate(self, example: Example, rng: random.Random) -> list[tuple[str, str]]:
         """Turns and what they are answered. 97% of the moves keep to the skill in states that it lists, of the others
-        70% are random."""
+        65% are random."""
         level, turns = self.environment(example, 0), []
         level.reset(example)
         advice = {entry[:2]: (entry[2], entry[3]) for entry in ENTRY.findall(text_of(example))}
@@ -286,7 +286,7 @@ class Sokoban:
             if rng.random() > 0.97:
                 action = flag = ""
             if flag != "+":
-                action = self.player(level.room, level.state, rng, 0.7, never=action)
+                action = self.player(level.room, level.state, rng, 0.65, never=action)
             step = level.step(action)
             turns.append((action, "" if step.done else step.observation))
         return turns
