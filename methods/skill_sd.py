@@ -224,7 +224,8 @@ def main(config: Config) -> None:
 
     def examine(step: int) -> dict[str, float]:
         """Held-out evaluation; on training tasks the student's success, and the teacher's with skills."""
-        metrics, banks = run.evaluate(step, engine, task), [state["bank"].get(text_of(e), []) for e in fixed]
+        metrics = run.evaluate(step, engine, task) | {"skill/ever_solved": len(state["solved"])}
+        banks = [state["bank"].get(text_of(example), []) for example in fixed]
         texts = [bank[choose(bank, config.ucb)]["text"] if bank else "" for bank in banks]
         read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(engine.openings(fixed), texts, strict=True)]
         for i, name, player, starts in ((3, "train", engine, ()), (4, "teacher", teacher_engine, read)):
