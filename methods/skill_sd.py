@@ -97,9 +97,7 @@ class Config:
     skill: Literal["both", "workflow", "mistakes", "none"] = "both"  # which parts of a summary are kept
     skill_to: Literal["teacher", "student"] = "teacher"  # who reads it; student: skill-augmented GRPO, no Eq. 3
     sampler: Literal["student", "teacher"] = "student"  # who plays; teacher: reads the skill, o is its log-prob
-    summarizer: str = (
-        "rules"  # of Eq. 6: rules (the task's own), self (the policy), or a model (paper: an external one)
-    )
+    summarizer: str = "rules"  # of Eq. 6: rules (the task's), self (the policy), or a model (paper: an external one)
     summary_tokens: int = 128  # most tokens of a summary by a model
     ucb: float = 1.0  # c of Eq. 5
     bank_size: int = 6  # newest skills kept for each task
