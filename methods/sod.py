@@ -105,7 +105,7 @@ class Config:
 def shaped_reward(reward: Tensor, turns: Tensor) -> Tensor:
     """The released code's: 1 if correct, else min(-0.6, -1 + 0.05 (n - 2)), n = turns of model and tool, plus 1."""
     wrong = (-1 + 0.05 * (2 * turns - 2)).clamp(max=-0.6)  # the last turn has no answer: n = 2 turns
-    return torch.where(reward == CORRECT, reward, wrong.to(reward))
+    return torch.where((reward == CORRECT) | reward.isnan(), reward, wrong.to(reward))
 
 
 def group_advantages(reward: Tensor, group: Tensor, eps: float = 1e-6, ddof: int = 1) -> Tensor:
@@ -148,7 +148,7 @@ def step_weights(d: Tensor, there: Tensor, failed: Tensor, config: Config) -> Te
             reference = torch.where(order > 1, (d.cumsum(1) - d) / (order - 1).clamp(min=1), reference)
         weights = torch.where(order > 1, (reference + floor) / (d + floor), 1)
         return weights if config.weighting == "unclipped" else weights.clamp(max=1 + config.delta)
-    since = (failed.cumsum(1) > 0).to(d).cumsum(1)  # 1 at the first failure, 2 at the turn behind it, ...
+    since = (there & (failed.cumsum(1) > 0)).to(d).cumsum(1)  # 1 at the first failure, 2 at the turn behind it, ...
     if config.weighting == "heuristic":
         return 0.9 ** (since - 1).clamp(min=0)
     return (since <= 1).to(d) if config.weighting == "mask_after_error" else torch.ones_like(d)
@@ -186,24 +186,25 @@ def row_weights(loss_mask: Tensor, agg: str) -> Tensor:
     return torch.ones_like(n) / (n.sum() + 1e-8) if agg == "token" else 1 / (len(n) * n.clamp(min=1))
 
 
-def failures(rollout: Rollout, turns: int) -> Tensor:
-    """Which turns' calls failed.  -> bool [N, turns]"""
-    failed = torch.zeros(len(rollout), turns, dtype=torch.bool)
+def calls(rollout: Rollout, turns: int) -> tuple[Tensor, Tensor]:
+    """Which turns the environment answered, and which of those calls failed.  -> bool [N, turns] each"""
+    answered, failed = torch.zeros(2, len(rollout), turns, dtype=torch.bool)
     for i, episode in enumerate(rollout.episodes):
         failed[i, : len(episode.turns)] = torch.tensor([turn.failed for turn in episode.turns])
-    return failed.to(rollout.tokens.device)
+        answered[i, : len(episode.turns)] = torch.tensor([turn.observation != "" for turn in episode.turns])
+    return (answered | failed).to(rollout.tokens.device), failed.to(rollout.tokens.device)
 
 
-def step_metrics(d: Tensor, weights: Tensor, there: Tensor, failed: Tensor) -> dict[str, float]:
+def step_metrics(d: Tensor, weights: Tensor, there: Tensor, called: Tensor, failed: Tensor) -> dict[str, float]:
     """sod/*: calls, and d and w of turns 1 to 4 and of all, in episodes with a failed call and without; 0 if none."""
-    bad, calls = failed.any(1, keepdim=True), (there.sum(1) - 1).clamp(min=0).sum()
-    found = {"tool_calls": calls / len(d), "failed_calls": failed.sum() / calls.clamp(min=1)}
+    bad, n_calls = failed.any(1, keepdim=True), called.sum()
+    found = {"tool_calls": n_calls / len(d), "failed_calls": failed.sum() / n_calls.clamp(min=1)}
     found["first_small"] = (d[:, 0] < 0.02).to(d).mean()
     for name, rows in (("failed", bad), ("clean", ~bad)):
-        for k in range(min(4, d.shape[1])):
-            here = there[:, k] & rows[:, 0]
-            found[f"d_{name}_{k + 1}"] = (d[:, k] * here).sum() / here.sum().clamp(min=1)
-            found[f"w_{name}_{k + 1}"] = (weights[:, k] * here).sum() / here.sum().clamp(min=1)
+        for k in range(4):
+            here, at = there[:, k : k + 1] & rows, slice(k, k + 1)  # no column where no row has so many turns
+            found[f"d_{name}_{k + 1}"] = (d[:, at] * here).sum() / here.sum().clamp(min=1)
+            found[f"w_{name}_{k + 1}"] = (weights[:, at] * here).sum() / here.sum().clamp(min=1)
         found[f"w_{name}"] = (weights * (there & rows)).sum() / (there & rows).sum().clamp(min=1)
     return {f"sod/{key}": value.item() for key, value in found.items()}
 
@@ -211,6 +212,7 @@ def step_metrics(d: Tensor, weights: Tensor, there: Tensor, failed: Tensor) -> d
 def check(config: Config) -> None:
     require(config.group_size > 1, "A compares episodes of one prompt: --group-size must be at least 2")
     require(config.temperature > 0, "greedy episodes are all equal, no signal: --temperature must be above 0")
+    require(min(config.eps, config.adv_eps) > 0, "--eps and --adv-eps keep divisions finite: above 0")
     require(config.clip_low <= 1, "--clip-low must lie in [0, 1]")
     require(not config.dual_clip or config.dual_clip > 1, "--dual-clip must be above 1, or 0 for none")
 
@@ -266,7 +268,7 @@ def main(config: Config) -> None:
         outcome = shaped_reward(rollout.reward, turns) if config.tool_bonus else rollout.reward
         advantages = group_advantages(outcome, rollout.group, config.adv_eps, config.adv_ddof)  # [N]
         d, there = step_divergence(old_logps, teacher_logps, rollout.turn)  # [N, K]
-        failed = failures(rollout, d.shape[1])
+        called, failed = calls(rollout, d.shape[1])
         by_turn = step_weights(d, there, failed, config)  # [N, K]
         weights = mask * (
             gate(advantages, config) if config.weighting == "gated" else by_turn.gather(1, rollout.turn.clamp(min=0))
@@ -278,7 +280,7 @@ def main(config: Config) -> None:
         # --- update
         stats = Stats()
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
-        metrics = rollout_metrics(rollout, reward, task) | step_metrics(d, by_turn, there, failed)
+        metrics = rollout_metrics(rollout, reward, task) | step_metrics(d, by_turn, there, called, failed)
         for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
             c = row_weights(mask[part], config.loss_agg)[:, None]
             for rows in micro_batches(rollout[part], limit):

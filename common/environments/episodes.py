@@ -8,6 +8,7 @@ Token ids flow from the sampler to the loss: text is decoded for the environment
 turn belongs to the policy; the observation and, for chat models, the next turn's header belong to the environment.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -96,7 +97,7 @@ class Episodes:
 
     def openings(self, examples: list[Example]) -> list[list[dict[str, str]]]:
         """The prompts with which episodes of the examples begin."""
-        return [opening(self.make_environment(example, 0), example) for example in examples]
+        return [first_prompt(guard(self.make_environment, example, 0), example) for example in examples]
 
     def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple, starts: list = ()) -> Rollout:
         """n episodes of each example, or behind its ids in starts, with their rewards.
@@ -107,8 +108,8 @@ class Episodes:
         length, rows = sampling.max_new_tokens, []
         for i, example in enumerate(example for example in examples for _ in range(n)):
             seed = seed_of(*key, i)
-            environment = self.make_environment(example, seed)
-            example = replace(example, prompt=opening(environment, example))
+            environment = guard(self.make_environment, example, seed)
+            example = replace(example, prompt=first_prompt(environment, example))
             ids = list(starts[i // n]) if starts else encode(self.tokenizer, example.prompt)
             noise = torch.rand(2 * length, generator=torch.Generator().manual_seed(seed))
             rows.append(Row(environment, example, ids, noise))
@@ -131,7 +132,7 @@ class Episodes:
         began, memory = time.monotonic(), Memory()
         for turn in range(self.max_turns):
             left = [sampling.max_new_tokens - len(row.turns) for row in rows]
-            caps = [getattr(row.environment, "turn_tokens", 0) or sampling.max_new_tokens for row in rows]
+            caps = [getattr(row.environment, "turn_tokens", 0) or math.inf for row in rows]
             limits = list(map(min, left, caps))
             u = torch.stack([row.noise[len(row.turns) :][: max(limits)] for row in rows])
             stops = tuple(sorted({stop for row in rows for stop in getattr(row.environment, "stops", ())}))
@@ -145,13 +146,14 @@ class Episodes:
                 row.append(ids[i], logps[i], turn)
                 last = self.tokenizer.decode(ids[i][-1:]) if ids[i][-1:] and ids[i][-1] in self.stop_ids else ""
                 text = self.tokenizer.decode(ids[i]).removesuffix(last)
-                if room == 0 and not last and not text.endswith(stops or ("\0",)) and len(ids[i]) < caps[i]:
+                ended = last or len(ids[i]) == caps[i] or any(stop in text for stop in stops)
+                if room == 0 and not ended:
                     row.episode.turns.append(Turn(text))  # cut inside a turn: no tool is run
                     row.episode.ending = "tokens"
                     return False
-                step = Step(*guard(row.environment.step, text))
+                step = checked_step(row.environment, text)
                 row.episode.turns.append(Turn(text, step.observation, step.failed))
-                row.reward = float(step.reward)
+                row.reward = step.reward
                 ids_back = reply(self.tokenizer, step.observation, getattr(row.environment, "role", "user"), last)
                 limits = {"done": step.done, "turns": turn + 1 == self.max_turns, "time": late}
                 met = [name for name, here in {**limits, "tokens": len(ids_back) >= room}.items() if here]
@@ -169,21 +171,38 @@ class Episodes:
             rows = [rows[i] for i in going]
 
 
-def opening(environment: Any, example: Example) -> list[dict[str, str]]:
-    """The prompt with which an episode begins."""
-    prompt = guard(environment.reset, example)
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def guard(method: Callable, argument: Any) -> Any:
-    """method(argument) of an environment, whose failures become one line."""
+def guard(function: Callable, *arguments: Any) -> Any:
+    """function(*arguments) of an environment, whose failures become one line."""
     try:
-        return method(argument)
+        return function(*arguments)
     except UserError:
         raise
-    except Exception as error:
-        where = f"{type(method.__self__).__name__}.{method.__name__}"
+    except (Exception, SystemExit) as error:
+        where = getattr(function, "__qualname__", "method")
         raise UserError(f"the environment's {where} failed ({type(error).__name__}: {first_line(error)})") from None
+
+
+def first_prompt(environment: Any, example: Example) -> list[dict[str, str]]:
+    """What reset returns, as chat messages."""
+    said = guard(environment.reset, example)
+    messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+    fits = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    fits = fits and any(m["content"] for m in messages) and all(isinstance(m["content"], str) for m in messages)
+    require(fits, f"the environment's reset must return a text or chat messages, not {said!r:.80}")
+    return messages
+
+
+def checked_step(environment: Any, text: str) -> Step:
+    """What step returns, filled up."""
+    said = guard(environment.step, text)
+    try:
+        observation, done, reward, failed = Step(*said)
+        step = Step(observation, bool(done), float(reward), bool(failed))
+    except (TypeError, ValueError):
+        step = None
+    fits = step and isinstance(said, tuple) and isinstance(step.observation, str)
+    require(fits, f"the environment's step must return (observation text, done, reward), not {said!r:.80}")
+    return step
 
 
 @lru_cache(2**14)

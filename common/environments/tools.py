@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from posttrain.common.cli import require
 from posttrain.common.environments.calls import calculate, find_call, shorten
-from posttrain.common.environments.episodes import Environment, Step
+from posttrain.common.environments.episodes import Environment, Step, guard
 from posttrain.common.environments.sandbox import run_python
 from posttrain.common.tasks import Example, Task, from_file
 
@@ -80,4 +80,4 @@ def make_environment(spec: str, task: Any, form: Form) -> Callable[[Example, int
     kind = from_file(spec, "--environment", "task, calculator, python, or path/to/file.py:Class")
     missing = [name for name in ("reset", "step") if not callable(getattr(kind, name, None))]
     require(not missing, f"--environment: {spec} has no method {' or '.join(missing)}")
-    return lambda example, seed: kind()
+    return lambda example, seed: guard(kind)
