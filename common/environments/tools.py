@@ -42,13 +42,13 @@ class ToolUse(Environment):
         schema = {"name": self.tool, "description": about}
         schema["parameters"] = {"type": "object", "properties": properties, "required": [argument]}
         call = SHOWN[self.form].format(json.dumps({"name": self.tool, "arguments": {argument: shown}}))
-        system = (
-            f"You can use a tool:\n{json.dumps(schema)}\nTo call it, write {call} and end your message; the result "
+        about = (
+            f"You can use a tool:\n{json.dumps(schema)}\nTo call it, for 12*7 say, write\n{call}\nand nothing else; "
         )
-        system += "comes back in the next message. Once you know the answer, give it without a call."
+        about += "the result comes back in the next message. Once you know the answer, give it without a call."
         own = [message for message in example.prompt if message["role"] != "system"]
         given = [message["content"] for message in example.prompt if message["role"] == "system"]
-        return [{"role": "system", "content": "\n\n".join([*given, system])}, *own]
+        return [{"role": "system", "content": "\n\n".join([*given, about])}, *own]
 
     def step(self, text: str) -> Step:
         call = find_call(text, self.form)
