@@ -25,6 +25,7 @@ from posttrain.common.models import load_model, load_tokenizer
 from posttrain.common.rollout import HFEngine, Memory, Sampling, concat, encode, sample_tokens, under_prompts
 from posttrain.common.scoring import carry, score
 from posttrain.common.tasks import Example, make_task
+from posttrain.common.training import evaluate
 
 CPU = torch.device("cpu")
 ECHO = """
@@ -471,6 +472,24 @@ def test_scores_of_a_chain_with_failures_are_the_behaviour_log_probs(forced, tin
     logps, _ = score(tiny[0], r, 400)
     torch.testing.assert_close(logps, r.behaviour_logps, atol=1e-4, rtol=0)
     assert r.behaviour_logps.min() < -1
+
+
+def test_evaluation_takes_the_environments_rewards_and_splits_them_by_failure(tiny, echo):
+    class Task:
+        def grade(self, example, text):
+            raise AssertionError("the environment has graded")
+
+    engine = Episodes(HFEngine(*tiny), echo, 6)
+    metrics, r = evaluate(engine, Task(), PROMPTS, 4, Sampling(1.0, 40), 3)
+    failed = [any(turn.failed for turn in episode.turns) for episode in r.episodes]
+    right = [reward == 1 for reward in r.reward.tolist()]
+    both = list(zip(failed, right, strict=True))
+    assert metrics["eval/accuracy"] == pytest.approx(sum(right) / 24) and 0 < sum(right) < 24 and 0 < sum(failed) < 24
+    assert metrics["eval/failed_share"] == pytest.approx(sum(failed) / 24)
+    assert metrics["eval/accuracy/with_failure"] == pytest.approx(sum(x and y for x, y in both) / sum(failed))
+    assert metrics["eval/accuracy/without_failure"] == pytest.approx(sum(y > x for x, y in both) / (24 - sum(failed)))
+    greedy = engine.generate(PROMPTS, 1, Sampling(0.0, 40), (3, 0, 2))
+    assert metrics["eval/greedy"] == pytest.approx(greedy.reward.mean().item())
 
 
 # --- other prompts
