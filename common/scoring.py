@@ -4,6 +4,7 @@ Hidden states come from the transformers backbone; the LM head is applied in `ke
 [tokens, vocabulary] for more than one chunk. Every [N, T] result lines up with the rollout's masks.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,3 +96,17 @@ def carry(values: Tensor, source: Rollout, target: Rollout) -> Tensor:
     if not torch.equal(source.loss_mask.sum(1), target.loss_mask.sum(1)):
         raise ValueError("source and target hold different responses: their rows differ in sampled tokens")
     return scatter(values[source.loss_mask.bool()], target)
+
+
+def score_within(
+    model: nn.Module, seen: Rollout, rollout: Rollout, max_tokens: int, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of seen, on the positions of rollout, and the mask of the tokens that the model's context holds.
+
+    seen and rollout hold the same responses under different prompts; what lies beyond the context has neither.
+    """
+    context = getattr(plain(model).config, "max_position_embeddings", None) or seen.tokens.shape[1]
+    held = seen.attention_mask * (seen.attention_mask.cumsum(1) <= context)
+    held = replace(seen, attention_mask=held, loss_mask=seen.loss_mask * held)
+    logps, _ = score(model, held, max_tokens, temperature)
+    return carry(logps, seen, rollout), carry(held.loss_mask, seen, rollout)

@@ -14,7 +14,7 @@ Run: python scripts/pretrain_tiny.py addition            (about 4 minutes on one
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -74,12 +74,23 @@ FAMILIES = {
         ),
         "chain-teacher": Recipe("chain", **CHAIN, decay_below=0.02, decay_steps=300, width=64, heads=2),
     },
+    "sokoban": {  # decays from the start
+        "sokoban-student": Recipe(
+            "sokoban:levels=0,shown_skills=0.5",
+            max_new_tokens=36,
+            max_turns=12,
+            lr=3e-3,
+            decay_below=9.0,
+            decay_steps=2000,
+            width=64,
+        ),
+    },
 }
 
 
 @dataclass
 class Config:
-    family: Annotated[str, tyro.conf.Positional]  # which models to make: addition, arithmetic, chain
+    family: Annotated[str, tyro.conf.Positional]  # which models to make: addition, arithmetic, chain, sokoban
     seed: int = 0  # of weights and data
     out: str = str(TINY)  # folder that receives one folder a model
     save_every: int = 100  # steps between checkpoints
@@ -192,6 +203,11 @@ def main(config: Config) -> None:
             engine, task, task.heldout(config.problems), 8, Sampling(1.0, recipe.max_new_tokens), seed=0, by="domain"
         )
         figures |= {"parameters": sum(p.numel() for p in engine.model.parameters())}
+        if hasattr(task, "oracle"):  # behind the skill of a shortest solution
+            told = task.heldout(config.problems)
+            skills = [{"role": "system", "content": task.skill_text(task.oracle(example))} for example in told]
+            told = [replace(e, prompt=[skill, *e.prompt]) for e, skill in zip(told, skills, strict=True)]
+            figures["told"] = evaluate(engine, task, told, 8, Sampling(1.0, recipe.max_new_tokens), seed=0)[0]
         if hasattr(task, "route"):
             correct = [
                 task.route(text) for text, reward in zip(rollout.texts, rollout.reward, strict=True) if reward == 1

@@ -59,7 +59,17 @@ STUDIES = {
         "multi-opd-task": ["uni_opd.py", *PLAIN, "--task-coef", "1"],  # the control: an outcome reward, uncalibrated
         "grpo-arithmetic": ["grpo.py", "--model", "arithmetic-student", "--task", "arithmetic", *EQUAL],
     },
+    "sokoban": {  # 36 training levels, which is what headlines speak of
+        "skill-sd": ["skill_sd.py"],
+        "skill-sd-frozen": ["skill_sd.py", "--teacher-sync", "frozen"],
+        "skill-sd-live": ["skill_sd.py", "--teacher-sync", "live"],  # as the paper has it
+        "grpo-sokoban": ["skill_sd.py", "--sdl-coef", "0"],
+        "opd-skill": ["skill_sd.py", "--adv-grpo", "0", "--sdl-coef", "1"],  # self-distillation alone
+        "grpo-skill": ["skill_sd.py", "--skill-to", "student", "--sdl-coef", "0"],  # the skill in the student's prompt
+        "skill-naive": ["skill_sd.py", "--preset", "naive"],
+    },
 }
+HEADLINES = {"sokoban": "skill/train_success"}  # study -> metric of its curves and target, else eval/accuracy
 
 
 @dataclass
@@ -69,7 +79,7 @@ class Config:
     seeds: int = 3  # runs of each arm, seeds 0, 1, ...
     jobs: int = 2  # runs at a time, one thread each
     eval_every: int = 20  # steps between points of the curves
-    target: float = 0.45  # held-out accuracy whose first step is reported
+    target: float = 0.45  # value of the study's headline whose first step is reported
     folder: str = "runs/reproduce"  # of the run folders
     out: str = str(RESULTS)  # folder of the stored results
 
@@ -112,8 +122,8 @@ def diversity(model: str, task_name: str) -> dict[str, float]:
     return {"route_entropy": statistics.mean(entropies or [0.0]), "two_routes": statistics.mean(differ or [0.0])}
 
 
-def plot(path: Path, title: str, curves: dict[str, list[list[tuple[int, float]]]]) -> None:
-    """Held-out accuracy over the steps: each arm's mean, and one standard deviation around it."""
+def plot(path: Path, title: str, metric: str, curves: dict[str, list[list[tuple[int, float]]]]) -> None:
+    """A metric over the steps: each arm's mean, and one standard deviation around it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -125,7 +135,7 @@ def plot(path: Path, title: str, curves: dict[str, list[list[tuple[int, float]]]
         axis.plot(steps, means, color=f"C{i}", label=arm)
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
-    axis.set(xlabel="step", ylabel="held-out accuracy", title=title)
+    axis.set(xlabel="step", ylabel={"eval/accuracy": "held-out accuracy"}.get(metric, metric), title=title)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(path, dpi=120)
@@ -143,21 +153,22 @@ def main(config: Config) -> None:
         folders = {pair: job.result() for pair, job in zip(pairs, track(jobs, "runs", console=console), strict=True)}
 
     torch.set_num_threads(1)
-    methods, curves = {}, {}
+    methods, curves, headline = {}, {}, HEADLINES.get(config.study, "eval/accuracy")
     table = Table(title=f"{config.study}: mean ± standard deviation over {config.seeds} seeds")
     columns = ["Avg@k before", "Avg@k after", "Pass@k", "greedy", "route entropy", "two routes"]
+    columns += [headline] * (headline != "eval/accuracy")
     for column in ("", *columns, f"steps to {config.target}", "seconds"):
         table.add_column(column, justify="right" if column else "left")
     for arm, (script, *flags) in arms.items():
         mine = [folders[arm, seed] for seed in range(config.seeds)]
         summaries = [json.loads((folder / "summary.json").read_text()) for folder in mine]
         lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in mine]
-        points = [[(line["step"], line["eval/accuracy"]) for line in each
-                   if "eval/accuracy" in line and line["step"] % config.eval_every == 0] for each in lines]  # fmt: skip
+        points = [[(line["step"], line[headline]) for line in each
+                   if headline in line and line["step"] % config.eval_every == 0] for each in lines]  # fmt: skip
         reached = [next((step for step, accuracy in each if accuracy >= config.target), math.inf) for each in points]
         after = {key: [summary["after"][key] for summary in summaries] for key in EVAL_KEYS}
-        domains = [key for key in lines[0][-1] if key.startswith("eval/") and key.count("/") == 2]
-        after |= {key: [each[-1][key] for each in lines] for key in domains}
+        measured = lines[0][0].keys() & lines[0][-1].keys() - {"step", *EVAL_KEYS}  # what only evaluations measure
+        after |= {key: [each[-1][key] for each in lines] for key in sorted(measured)}
         every, prefix = [line for each in lines for line in each[1:]], summaries[0]["method"].split("_")[0] + "/"
         own = {key: [line[key] for line in every if key in line] for key in every[0] if key.startswith(prefix)}
         routes = [diversity(str(mine[i] / "model"), summaries[i]["task"]) for i in range(config.seeds)]
@@ -172,6 +183,7 @@ def main(config: Config) -> None:
         curves[arm] = points
         figures = {key: f"{statistics.mean(values):.3f} ± {spread(values):.3f}" for key, values in after.items()}
         shown = ["eval/accuracy", "eval/pass_at_k", "eval/greedy", "route_entropy", "two_routes"]
+        shown += [headline] * (headline != "eval/accuracy")
         steps = ", ".join("never" if math.isinf(step) else str(step) for step in reached)
         table.add_row(arm, f"{before:.3f}", *(figures.get(key, "") for key in shown), steps, f"{seconds:.0f}")
     console.print(table)
@@ -182,7 +194,7 @@ def main(config: Config) -> None:
     stored = {"task": task, "command": command.strip(), "versions": versions(), "target": config.target}
     stored["methods"] = methods
     write_atomically(out / f"{config.study}.json", json.dumps(stored, indent=1) + "\n")
-    plot(out / f"{config.study}.png", f"{config.study}: held-out Avg@k, mean ± deviation over seeds", curves)
+    plot(out / f"{config.study}.png", f"{config.study}: mean ± deviation over seeds", headline, curves)
     console.print(f"stored in {out / config.study}.json, plotted in {out / config.study}.png")
 
 

@@ -13,10 +13,10 @@ import torch
 
 from posttrain.common.cli import cli
 from posttrain.common.models import TINY
-from posttrain.methods import grpo, opd, scope_opd, uni_opd
+from posttrain.methods import grpo, opd, scope_opd, skill_sd, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd}
+METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd}
 SMALL = {"steps": 2, "prompts-per-step": 2, "group-size": 2, "eval-problems": 2, "eval-samples": 1, "max-new-tokens": 8}
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "question": f"{i}?"} for i in range(30)]
 
@@ -130,6 +130,18 @@ FLAGS = {
     "delta nan": ("uni_opd", {"margin-delta": "nan"}, ["--margin-delta"]),
     "delta inf": ("uni_opd", {"margin-delta": "inf"}, ["--margin-delta"]),
     "ratio nan": ("uni_opd", {"balance-ratio": "nan"}, ["--balance-ratio"]),
+    "group of one, skill": ("skill_sd", {"group-size": 1}, ["--group-size"]),
+    "temperature 0, skill": ("skill_sd", {"temperature": 0}, ["--temperature"]),
+    "nothing to distil": ("skill_sd", {"skill-to": "student"}, ["--skill-to", "--sdl-coef 0"]),
+    "an average of adapters": ("skill_sd", {"lora-rank": 4}, ["--teacher-sync", "--lora-rank"]),
+    "a teacher that moves": ("skill_sd", {"est": "full", "teacher-sync": "live", "minibatches": 2}, ["--est"]),
+    "no rules": ("skill_sd", {"task": "chain"}, ["chain", "--summarizer"]),
+    "no episodes": ("skill_sd", {"task": "addition"}, ["--environment", "calculator"]),
+    "unknown summarizer": ("skill_sd", {"summarizer": "rule"}, ["'rule'", "addition-student"]),
+    "unknown estimator": ("skill_sd", {"est": "k2"}, ["k2", "iw_k3"]),
+    "unknown option, sokoban": ("skill_sd", {"task": "sokoban:sise=4"}, ["sise", "size"]),
+    "option out of range, sokoban": ("skill_sd", {"task": "sokoban:boxes=2"}, ["boxes=2", "render=text"]),
+    "board too large": ("skill_sd", {"task": "sokoban:render=text", "max-new-tokens": 400}, ["--max-new-tokens"]),
     "no such device": ("grpo", {"device": "cuda:7"}, ["cuda:7", "--device cpu"]),
     "not a device": ("opd", {"device": "gpu"}, ["gpu", "--device cpu"]),
     "too long": ("grpo", {"max-new-tokens": 5000}, ["--max-new-tokens"]),
@@ -156,6 +168,7 @@ OWN = {
     "opd": {"top-k": 0, "prefix-frac": 0, "divergence-temperature": 0, "beta": 2, "lmbda": -1, "ema": 2},
     "scope_opd": {"tau": 0, "teacher-temperature": -1, "top-k": 0, "recovery-probe": -1},
     "uni_opd": {"balance-ratio": -1, "mask-retain": 2, "gap-mask": -1, "eps-lo": -1, "minibatches": 0, "task-coef": -1},
+    "skill_sd": {"ema": 2, "top-frac": 0, "bank-size": 0, "minibatches": 0, "max-turns": 0, "sdl-coef": -1, "ucb": -1},
 }
 TOPK = {"top-k", "divergence-temperature"}
 for _method, _own in OWN.items():

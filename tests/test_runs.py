@@ -27,13 +27,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.common.cli import UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
-from posttrain.methods import grpo, opd, scope_opd, uni_opd
+from posttrain.methods import grpo, opd, scope_opd, skill_sd, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd}
+METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd}
+EPISODES = {"skill_sd"}  # methods whose default plays episodes
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
-    "save-every": 2, "lr": 1e-3, "warmup": 0,
+    "save-every": 2, "lr": 1e-3, "warmup": 0, "schedule": "linear",
 }  # fmt: skip
 LONG = {"steps": 14, "save-every": 6, "eval-every": 5}  # to be killed between 7 and 12
 KINDS = {
@@ -43,6 +44,7 @@ KINDS = {
     "opd, ema": ("opd", {"teacher": "self", "teacher-sync": "ema", "est": "full", "beta": 0.5}),
     "scope_opd": ("scope_opd", {}),
     "uni_opd": ("uni_opd", {}),
+    "skill_sd": ("skill_sd", {}),
 }
 TABLE = {  # style.md, Metrics
     "train/reward", "train/accuracy", "train/zero_signal", "train/length", "train/truncated", "train/entropy",
@@ -54,6 +56,15 @@ OWN = {
     "opd": {"teacher/kl"},
     "scope_opd": {"teacher/kl", "loss/mle", "loss/opd", "scope/mixed", "scope/mle_ess", "scope/opd_ess"},
     "uni_opd": {"teacher/kl", "uni/lambda", "uni/shifted_groups", "uni/violations_before", "uni/violations_after"},
+    "skill_sd": {
+        "teacher/kl",
+        "teacher/kl_abs",
+        "loss/grpo",
+        "loss/sdl",
+        "skill/told",
+        "skill/bank",
+        "skill/ever_solved",
+    },
 }
 EVAL = {"eval/accuracy", "eval/pass_at_k"}
 
@@ -192,7 +203,8 @@ def test_samples_name_step_kind_prompt_text_and_reward(whole, method):
     for best, worst, other in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         assert (best["kind"], worst["kind"], other["kind"]) == ("best", "worst", "other")
         assert best["reward"] >= other["reward"] >= worst["reward"]
-        assert best["prompt"][0]["content"].endswith("=") and isinstance(best["text"], str)
+        assert best["prompt"][0]["content"][-1] == "=" or method in EPISODES
+        assert isinstance(best["text"], str)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -333,17 +345,19 @@ def test_resume_twice_and_from_another_folder_with_a_relative_out(whole, tmp_pat
 
 
 def interrupt(monkeypatch, method: str, at: int) -> None:
-    """Ctrl-C at the at-th grading from now."""
-    calls, grade_all = iter(range(1, 1000)), METHODS[method].grade_all
+    """Ctrl-C at the at-th grading from now; of episodes, which come graded, at the at-th look at them."""
+    name = "rollout_metrics" if method in EPISODES else "grade_all"
+    calls, graded_before = iter(range(1, 1000)), getattr(METHODS[method], name)
 
     def graded(*args):
         if next(calls) == at:
             raise KeyboardInterrupt
-        return grade_all(*args)
+        return graded_before(*args)
 
-    monkeypatch.setattr(METHODS[method], "grade_all", graded)
+    monkeypatch.setattr(METHODS[method], name, graded)
 
 
+MANY = {"prompts-per-step": 36, "group-size": 2}  # enough for skills to come up at once
 RESUMED = {
     "grpo lora": ("grpo", {"lora-rank": 4}),
     "grpo bfloat16": ("grpo", {"dtype": "bfloat16", "beta": 0.1}),
@@ -356,6 +370,8 @@ RESUMED = {
     "scope_opd repo": ("scope_opd", {"objective": "repo", "weight-scale": "mean1"}),
     "uni_opd lora": ("uni_opd", {"lora-rank": 4}),
     "uni_opd minibatches, mask": ("uni_opd", {"minibatches": 2, "margin": "mask", "online-balance": "global"}),
+    "skill_sd live, minibatches": ("skill_sd", {**MANY, "teacher-sync": "live", "minibatches": 2, "est": "pg"}),
+    "skill_sd ema, full": ("skill_sd", {**MANY, "ema": 0.5, "est": "full", "warmdown": 4}),
     "opd data, cold start": ("opd", {"lmbda": 0.5, "est": "full", "off-policy": "data", "cold-start-steps": 2}),
 }
 
@@ -397,7 +413,7 @@ def test_a_longer_run_may_be_asked_for_on_resume(tmp_path):
 def test_same_seed_same_run_other_seed_another(whole, tmp_path, method):
     assert_same_run(whole(method), here(method, tmp_path / "again", **LONG))
     a, b = (results(here(method, tmp_path / f"{seed}", seed=seed, steps=2)) for seed in (0, 1))
-    for key in ("train/length", "loss/total", "train/entropy"):
+    for key in ("train/entropy",) if method in EPISODES else ("train/length", "loss/total", "train/entropy"):
         assert a[1][key] != b[1][key]
     assert a[0]["eval/greedy"] == b[0]["eval/greedy"]  # the same held-out problems for every seed
 
@@ -407,6 +423,8 @@ ACCUMULATED = [
     ("opd", {}), ("opd", {"est": "full", "beta": 0.3, "agg": "seq"}), ("opd", {"est": "topk", "agg": "const"}),
     ("opd", {"est": "k3_k2", "agg": "sum", "prefix-frac": 0.5}), ("opd", {"cold-start-steps": 4}),
     ("scope_opd", {}), ("scope_opd", {"objective": "repo"}), ("scope_opd", {"kl": "topk", "reduction": "token_mean"}),
+    ("skill_sd", MANY), ("skill_sd", {**MANY, "est": "full", "teacher-sync": "live"}),
+    ("skill_sd", {**MANY, "est": "k3", "sdl-agg": "seq_sum", "minibatches": 2, "top-frac": 0.3}),
     ("uni_opd", {}), ("uni_opd", {"denominator": "kept", "domain-weights": "2,1", "minibatches": 2}),
 ]  # fmt: skip
 
@@ -451,7 +469,8 @@ def test_wandb_offline_stays_inside_the_run_folder(folder):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_lora_saves_a_merged_model(method, tmp_path):
-    out = here(method, tmp_path / "run", **{"lora-rank": 4, "lr": 1e-2})
+    more = {**MANY, "teacher-sync": "live"} if method == "skill_sd" else {}
+    out = here(method, tmp_path / "run", **{"lora-rank": 4, "lr": 1e-2, **more})
     saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["policy"]
     assert saved and all(".lora_" in key for key in saved)
     model, info = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
@@ -533,7 +552,8 @@ def test_a_data_file_and_a_reasoning_gym_task_run(tmp_path):
 
 # --- every value of every choice
 
-TESTED_ELSEWHERE = {"rollout", "wandb"}  # engines in test_rollout.py, wandb above and in test_bad_input.py
+# engines in test_rollout.py, wandb above and in test_bad_input.py, formats of tool calls in test_calls.py
+TESTED_ELSEWHERE = {"rollout", "wandb", "tool_format"}
 WITH = {  # flags under which a choice has anything to choose
     "grpo": {"adv": {"minibatches": 2}, "loss": {"minibatches": 4, "lr": 0.05},
              "ratio_level": {"minibatches": 4, "lr": 0.05}, "kl": {"beta": 0.5, "minibatches": 4, "lr": 0.05},
@@ -544,6 +564,10 @@ WITH = {  # flags under which a choice has anything to choose
             "teacher_sync": {"teacher": "self", "est": "full", "beta": 0.5, "lr": 0.01, "ema": 0.3}},
     "scope_opd": {"kl": {"top_k": 2}, "student_weights": {"group_size": 16}},
     "uni_opd": {"margin_stats": {"group_size": 8}, "online_balance": {"group_size": 8}},
+    "skill_sd": {name: {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0}
+                 for name in ("sdl_agg", "teacher_sync", "skill", "sampler", "dtype", "preset")}
+    | {"skill_to": {"prompts_per_step": 36, "sdl_coef": 0.0},
+       "est": {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0, "minibatches": 2}},
 }  # fmt: skip
 
 
@@ -628,6 +652,12 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("scope_opd", {"mask_eos": True, "max_new_tokens": 1}), ("scope_opd", {"kl": "topk", "top_k": 98, "tau": 1e-6}),
     ("scope_opd", {"lora_rank": 4, "kl": "full", "dtype": "bfloat16"}), ("scope_opd", {"kl": "topk", "top_k": 500}),
     ("scope_opd", {"temperature": 0.6, "teacher_temperature": 1.0, "kl": "k3", "objective": "repo"}),
+    ("skill_sd", {"ell_clip": 1.0, "rho_max": 1.5, "tok_cap": 0.5, "top_frac": 0.1}), ("skill_sd", {"bank_size": 1}),
+    ("skill_sd", {"lora_rank": 4, "teacher_sync": "live", "dtype": "bfloat16"}), ("skill_sd", {"max_turns": 1}),
+    ("skill_sd", {"task": "sokoban:render=text", "max_new_tokens": 100}), ("skill_sd", {"max_new_tokens": 5}),
+    ("skill_sd", {"summarizer": "self", "summary_tokens": 40}), ("skill_sd", {"summarizer": "addition-student"}),
+    ("skill_sd", {"task": "chain", "summarizer": "self", "summary_tokens": 8}),
+    ("skill_sd", {"reward": "random", "prompts_per_step": 1}), ("skill_sd", {"adv_grpo": 0.0, "sampler": "teacher"}),
     ("uni_opd", {"group_size": 1}), ("uni_opd", {"balance_ratio": 0.0}), ("uni_opd", {"margin_delta": -math.inf}),
     ("uni_opd", {"balance_ratio": math.inf, "denominator": "kept"}), ("uni_opd", {"max_new_tokens": 1}),
     ("uni_opd", {"teacher": "arithmetic-add-teacher", "routing": "average"}), ("uni_opd", {"task_coef": 1.0}),

@@ -7,18 +7,14 @@ json     {"name": "python", "parameters": {"code": "1+1"}}, in a fence or not   
 
 import ast
 import json
-import operator
 import re
+from operator import add, floordiv, mod, mul, sub, truediv
 from typing import Literal, NamedTuple
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-BEGINS = re.compile(
-    r"""\{\s*['"]?(name|type|function|arguments|parameters)['"]?\s*:"""
-)  # a call, in prose and \boxed{}
-SPACE, CUT = re.compile(r"\s*"), " [...] "
-SIGNS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-SIGNS |= {ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod}
-LARGEST = 10**12
+SPACE, UNFINISHED = re.compile(r"\s*"), re.compile(r"[-+.\\\w]*\s*")  # the latter: half of null, 1.5e-3 or \u00e9
+KEY = re.compile(r"""\{\s*['"]?(name|type|function|arguments|parameters)['"]?\s*:""")  # no call: {x}, {"sum": 3}
+SIGNS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv, ast.FloorDiv: floordiv, ast.Mod: mod}
 
 
 class Call(NamedTuple):
@@ -28,19 +24,15 @@ class Call(NamedTuple):
 
 
 def find_call(text: str, form: Literal["tiny", "hermes", "json"]) -> Call | None:
-    """The first complete call. None, and so a final answer, if there is none or it is opened and not closed.
-
-    Reasoning up to </think> calls nothing.
-    """
+    """The first complete call. None, so that the turn is final, if there is none or it is opened and not closed."""
     if form == "tiny":
         _, opened, rest = text.partition("<")
         expression, closed, _ = rest.partition(">")
         return Call("calculator", {"expression": expression}, "") if opened and closed else None
-    reasoning, closed, rest = text.partition("</think>")
-    if closed:
-        text = rest
-    elif reasoning.lstrip().startswith("<think>"):
+    reasoning, thought, rest = text.partition("</think>")
+    if not thought and reasoning.lstrip().startswith("<think>"):
         return None
+    text = rest if thought else text  # reasoning calls nothing
     return hermes_call(text) if form == "hermes" else json_call(text)
 
 
@@ -63,7 +55,7 @@ def json_call(text: str) -> Call | None:
         value, end, error = decode(text, at)
         if error and end == len(text):  # what follows at most lies inside an object that is not closed
             return None
-        if error and BEGINS.match(text, at):
+        if error and KEY.match(text, at):
             return Call("", {}, error)
         if not error and value.keys() & {"arguments", "parameters"}:
             return as_call(value)
@@ -72,16 +64,11 @@ def json_call(text: str) -> Call | None:
 
 
 def decode(text: str, at: int) -> tuple[object, int, str]:
-    """(the JSON value at this place, its end, "") or (None, where it goes wrong, what is wrong).
-
-    One that lacks only its rest goes wrong at the end of the text.
-    """
+    """(JSON value, its end, "") or (None, where it goes wrong: at the end of text if cut short, what is wrong)."""
     try:
         return *json.JSONDecoder().raw_decode(text, SPACE.match(text, at).end()), ""
     except json.JSONDecodeError as error:
-        rest = text[error.pos :].rstrip()
-        cut = any(word.startswith(rest) for word in ("true", "false", "null", "-1", "NaN", "Infinity", "-Infinity"))
-        cut = cut or error.msg.startswith("Unterminated string") or ("XXXX" in error.msg and len(rest) < 6)
+        cut = UNFINISHED.fullmatch(text, error.pos) or error.msg.startswith("Unterminated string")
         return None, len(text) if cut else error.pos, f"bad JSON: {error.msg}"
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
         return None, at, f"bad JSON: {error}"
@@ -93,8 +80,7 @@ def as_call(value: object) -> Call:
     name, arguments = value.get("name"), value.get("arguments", value.get("parameters", {}))
     if not isinstance(name, str) or not name:
         return Call("", {}, "the call has no name")
-    if isinstance(arguments, str):
-        arguments = decode(arguments, 0)[0]
+    arguments = decode(arguments, 0)[0] if isinstance(arguments, str) else arguments
     return Call(name, arguments, "") if isinstance(arguments, dict) else Call(name, {}, "arguments must be an object")
 
 
@@ -106,10 +92,8 @@ def calculate(expression: str) -> str:
         raise ValueError(f"{strange[0]!r} is not allowed")
     try:
         value = evaluate(ast.parse(expression.strip(), mode="eval").body)
-    except SyntaxError:
-        raise ValueError("not an expression") from None
-    except ZeroDivisionError:
-        raise ValueError("division by zero") from None
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise ValueError("not an expression" if isinstance(error, SyntaxError) else "division by zero") from None
     return str(value) if isinstance(value, int) else f"{value + 0:.12g}"  # + 0: no -0
 
 
@@ -122,14 +106,14 @@ def evaluate(node: ast.expr) -> float:
         value = SIGNS[type(node.op)](evaluate(node.left), evaluate(node.right))
     else:
         raise ValueError("only numbers and + - * / // % are allowed")
-    if not abs(value) < LARGEST:
+    if not abs(value) < 1e12:
         raise ValueError("too large")
     return value
 
 
 def shorten(text: str, limit_chars: int) -> str:
     """At most limit_chars characters: head and tail with a marker between; where that does not fit, the head."""
-    room = limit_chars - len(CUT)
-    if len(text) <= limit_chars:
-        return text
-    return text[: room - room // 2] + CUT + text[len(text) - room // 2 :] if room >= 2 else text[:limit_chars]
+    mark, room = " [...] ", limit_chars - len(" [...] ")
+    if len(text) <= limit_chars or room < 2:
+        return text[:limit_chars]
+    return text[: room - room // 2] + mark + text[len(text) - room // 2 :]

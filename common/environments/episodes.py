@@ -96,6 +96,10 @@ class Episodes:
         self.model, self.tokenizer, self.stop_ids = engine.model, engine.tokenizer, engine.stop_ids
         self.pool = ThreadPoolExecutor(os.cpu_count())  # a tool may be a process that takes its time
 
+    def openings(self, examples: list[Example]) -> list[list[dict[str, str]]]:
+        """The prompts with which episodes of the examples begin."""
+        return [first_prompt(guard(self.make_environment, example, 0), example) for example in examples]
+
     def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple, starts: list = ()) -> Rollout:
         """n episodes of each example, or behind its ids in starts, with their rewards.
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from posttrain.common.environments.calls import shorten
 
 INSIDE = Path(__file__).with_name("inside.py")
-READY = b"\0"  # inside.py's first output; what comes behind it is the code's
+MARK = "\0"  # inside.py writes it when it has started and before the value or error with which the code ends
 OUT_OF_MEMORY = 77  # exit code of inside.py: after a MemoryError there may be no room for a message
-FLOOD = 50  # more than this times output_chars bytes of output stop the process
+FLOOD = 1_000_000  # bytes of output, beyond which the process is stopped
 
 
 def run_python(code: str, seconds: float = 5.0, memory_mb: int = 512, output_chars: int = 2000) -> tuple[str, bool]:
@@ -42,20 +42,22 @@ def run_python(code: str, seconds: float = 5.0, memory_mb: int = 512, output_cha
             stdin=source, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         try:
-            output, stopped = read(process, deadline, FLOOD * output_chars)
+            output, stopped = read(process, deadline)
         finally:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)  # the whole group; as long as it has members, its id is theirs
             process.wait()
             process.stdout.close()
     status = process.returncode
-    text = output.removeprefix(READY).decode("utf-8", "replace").rstrip("\n")
-    if not stopped and not output.startswith(READY):
+    text = output.decode("utf-8", "replace")
+    if not stopped and not text.startswith(MARK):
         raise RuntimeError(f"the Python tool does not start (exit code {status}): {shorten(text, 300)}")
+    printed, _, end = text.removeprefix(MARK).rpartition(MARK)
+    text = "\n".join(part for part in (printed.rstrip("\n"), end.rstrip("\n")) if part)
     if stopped == "time":
         reason = f"ran for more than {seconds:g} s"
     elif stopped == "flood":
-        reason = f"it wrote more than {FLOOD * output_chars} bytes"
+        reason = f"it wrote more than {FLOOD} bytes"
     elif status == OUT_OF_MEMORY:
         reason = f"out of memory (limit {memory_mb} MB)"
     elif status < 0:
@@ -67,8 +69,8 @@ def run_python(code: str, seconds: float = 5.0, memory_mb: int = 512, output_cha
     return shorten(f"{text}\nstopped: {reason}".lstrip("\n"), output_chars), True
 
 
-def read(process: subprocess.Popen, deadline: float, most: int) -> tuple[bytes, str]:
-    """(output until the process ends, at most about `most` bytes; "" or what stopped it: "time" or "flood")."""
+def read(process: subprocess.Popen, deadline: float) -> tuple[bytes, str]:
+    """(output until the process ends, or is to be stopped; "" or why: "time" or "flood")."""
     output = b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
@@ -77,7 +79,7 @@ def read(process: subprocess.Popen, deadline: float, most: int) -> tuple[bytes, 
                 continue
             chunk = process.stdout.read(2**16)
             output += chunk
-            if len(output) > most:
+            if len(output) > FLOOD:
                 return output, "flood"
             if not chunk:  # it has ended, or has closed its output
                 with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,0 +1,348 @@
+"""Skill-SD: skill-conditioned self-distillation for multi-turn agents (Wang, Wang, Xiao et al., arXiv 2604.10674).
+
+The student plays with the plain prompt, in training and at test. Finished episodes are summarised into short skills,
+kept by task. A teacher, the same weights reading skill and prompt, scores the student's own tokens and never writes.
+With s, o, q the log-probs of a sampled token under the student, the student that sampled it, and the teacher; m the
+loss mask, N = sum m, and h = 1 on the rows of tasks that have a skill:
+
+    (1)  A      = (R - mean_group) / (std_group + eps),   R = the episode's reward
+    (2)  L_GRPO = -sum_it m min(r A, clip(r, 1 - eps_lo, 1 + eps_hi) A) / N,   r = exp(s - o)
+    (3)  L_SDL  = sum_it m h r (exp(-l) - 1 + l) / N,   l = s - q                                 --est --sdl-agg
+    (4)  L      = adv_grpo L_GRPO + sdl_coef L_SDL
+    (5)  the skill to read: the oldest untried one, else argmax mean + c sqrt(ln sum n / n)       --ucb
+    (6)  an episode -> success_analysis, mistake_analysis, golden_workflow                        --summarizer --skill
+
+Differs from grpo.py in (3), (5) and (6); from opd.py in that the teacher is the student with something to read.
+
+Good to know
+- d/ds of r k3(l) is r l, what k3 adds cancels: (3) has value and gradient of the reverse KL, position by position.
+  Without r, or with r detached, the gradient is the forward KL's, although r is 1 at the first step.
+- The paper copies the student into the teacher each step (--teacher-sync live). A tiny student that never reads skills
+  in training forgets how to. A skill helps no other task: look at training tasks beside held-out ones.
+
+Run: python methods/skill_sd.py        Expected: see the table of results in README.md.
+"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.common.cli import cli, require
+from posttrain.common.environments.episodes import Episodes
+from posttrain.common.environments.summaries import best_rows, skill_text, summarise
+from posttrain.common.environments.tools import Form, make_environment
+from posttrain.common.models import load_model, load_tokenizer, prepare
+from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts
+from posttrain.common.run import Run
+from posttrain.common.scoring import lm_head, micro_batches, sampled_hidden, score, score_within, token_logps
+from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task, text_of
+from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
+from posttrain.kernels.divergence import linear_divergence
+
+PRESETS = {
+    "none": {},
+    "paper": {"teacher_sync": "live", "sdl_coef": 0.001},
+    "naive": {"teacher_sync": "live", "est": "k3", "sdl_coef": 1.0},  # both losses added as they are
+}
+
+
+@dataclass
+class Config:
+    model: str = "sokoban-student"  # folder, hub name, or a built-in tiny model
+    task: str = "sokoban"  # sokoban, chain, reasoning_gym:NAME, gsm8k, file.jsonl, or a datasets name
+    reward: str = "task"  # task = the environment's, random, or path/to/file.py:function of the transcript
+    prompt_column: str = "prompt"  # of a file or datasets name
+    answer_column: str = "answer"  # of a file or datasets name
+    steps: int = 100  # batches of episodes (paper: about 160 for its Sokoban)
+    prompts_per_step: int = 24  # P, tasks
+    group_size: int = 4  # G, episodes of each
+    max_new_tokens: int = 36  # of an episode, observations included
+    temperature: float = 1.0  # of sampling and of every log-prob in training
+    lr: float = 5e-4  # for the tiny default; 1e-6 for a real model, 1e-5 to 1e-4 with LoRA
+    warmup: int = 0  # steps of linear warm-up
+    schedule: Schedule = "constant"  # of the learning rate: linear and cosine end at 0
+    max_grad_norm: float = 1.0  # clip
+    weight_decay: float = 0.0  # AdamW's
+    seed: int = 0  # feeds initialisation, data order and sampling
+    rollout: Literal["hf"] = "hf"  # sampling engine
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
+    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
+    lora_rank: int = 0  # 0 = full fine-tuning
+    micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
+    eval_every: int = 50  # 0 = only before and after
+    eval_problems: int = 100  # held-out problems
+    eval_samples: int = 4  # k of Avg@k and Pass@k
+    save_every: int = 50  # steps between checkpoints
+    resume: bool = False  # go on with the run in --out
+    out: str = ""  # run folder; empty = a fresh one under runs/
+    wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    # --- this method
+    preset: Literal[tuple(PRESETS)] = "none"  # paper's own flags, or the naive sum of both losses; explicit flags win
+    environment: str = "task"  # the task's own, calculator or python (a tool for any task), or path/to/file.py:Class
+    tool_format: Form = "hermes"  # of the tool calls of a chat model: <tool_call> tags, or a bare JSON object
+    max_turns: int = 12  # of an episode (paper: 40)
+    max_seconds: float = 0.0  # of a batch of episodes; 0 = no limit
+    adv_grpo: float = 1.0  # weight of Eq. 2; 0 = self-distillation alone
+    sdl_coef: float = 0.1  # weight of Eq. 3 (paper: 0.001); 0 = GRPO
+    est: Literal["iw_k3", "k3", "iw_k3_detached", "pg", "full"] = "iw_k3"  # Eq. 3; see sdl_token_loss
+    sdl_agg: Literal["token", "seq_sum"] = "token"  # N of Eq. 3: all sampled tokens, or the rows
+    warmdown: int = 0  # lower sdl_coef linearly to 0 over so many steps; 0 = keep it
+    teacher_sync: Literal["live", "frozen", "ema"] = "ema"  # teacher: student of this step (paper), first one, average
+    ema: float = 0.01  # teacher <- ema student + (1 - ema) teacher, each step
+    skill: Literal["both", "workflow", "mistakes", "none"] = "both"  # which parts of a summary are kept
+    skill_to: Literal["teacher", "student"] = "teacher"  # who reads it; student: skill-augmented GRPO, no Eq. 3
+    sampler: Literal["student", "teacher"] = "student"  # who plays; teacher: reads the skill, o is its log-prob
+    summarizer: str = "rules"  # of Eq. 6: rules (the task's), self (the policy), or a model (paper: an external one)
+    summary_tokens: int = 128  # most tokens of a summary by a model
+    ucb: float = 1.0  # c of Eq. 5
+    bank_size: int = 6  # newest skills kept for each task
+    eps_lo: float = 0.2  # lower clip
+    eps_hi: float = 0.28  # upper clip
+    minibatches: int = 1  # optimizer steps a batch
+    ell_clip: float = 0.0  # bound of |l| in nats (GenEvolve: 10); 0 = off
+    rho_max: float = 0.0  # bound of r in Eq. 3 (GenEvolve: 2); 0 = off
+    tok_cap: float = 0.0  # bound of a token's loss in Eq. 3; 0 = off
+    top_frac: float = 1.0  # Eq. 3 only on this fraction of tokens, those with the largest |l|
+
+
+def group_advantages(reward: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
+    """Eq. 1, ddof 1. Exactly 0 where a group's rewards are equal, 0 where not a number.  [N], [N] -> [N]"""
+    scored, group = ~reward.isnan(), group.unique(return_inverse=True)[1]
+    zeros = reward.new_zeros(int(group.max()) + 1)
+    n = zeros.index_add(0, group, scored.to(reward.dtype))[group]
+    low = zeros.scatter_reduce(0, group[scored], reward[scored], "amin", include_self=False)[group]
+    above = torch.where(scored, reward - low, 0)  # all 0, without rounding, where rewards are equal
+    centred = torch.where(scored, above - zeros.index_add(0, group, above)[group] / n.clamp(min=1), 0)
+    return centred / ((zeros.index_add(0, group, centred**2)[group] / (n - 1).clamp(min=1)).sqrt() + eps)
+
+
+def policy_token_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, loss_mask: Tensor, config) -> Tensor:
+    """Eq. 2, one value per token.  [N, T], [N, T], [N], [N, T] -> [N, T]"""
+    ratio, a = ((logps - old_logps) * loss_mask).exp(), advantages[:, None]
+    return -torch.minimum(ratio * a, ratio.clamp(1 - config.eps_lo, 1 + config.eps_hi) * a)
+
+
+def sdl_token_loss(logps: Tensor, old_logps: Tensor, teacher_logps: Tensor, loss_mask: Tensor, config) -> Tensor:
+    """Eq. 3, one value per token, with gradient through r and l.  [N, T] ... -> [N, T]
+
+    iw_k3: value and gradient of KL(student||teacher). k3 and iw_k3_detached: the gradient of KL(teacher||student) when
+    on-policy. pg: -l as an advantage, the gradient of iw_k3 with another value.
+    """
+    bound, ratio_bound, cap = (x or math.inf for x in (config.ell_clip, config.rho_max, config.tok_cap))
+    ell = torch.where(loss_mask > 0, logps - teacher_logps, 0).clamp(-bound, bound)
+    ratio = torch.where(loss_mask > 0, logps - old_logps, 0).clamp(max=10).exp().clamp(max=ratio_bound)
+    k3 = (-ell).clamp(max=20).exp() - 1 + ell
+    forms = {"iw_k3": ratio * k3, "k3": k3, "iw_k3_detached": ratio.detach() * k3, "pg": ratio * ell.detach()}
+    return forms[config.est].clamp(max=cap)
+
+
+def largest_gaps(ell: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """1 on the given fraction of masked tokens, those with the largest |l|.  [N, T], [N, T] -> [N, T]"""
+    if fraction >= 1 or not mask.any():
+        return mask
+    return mask * (ell.abs() >= ell.abs()[mask > 0].quantile(1 - fraction))
+
+
+def choose(bank: list[dict], c: float) -> int | None:
+    """Eq. 5: index of the skill to read, None without any. bank: oldest first; ties go to the lowest index."""
+    if untried := [i for i, skill in enumerate(bank) if skill["n"] == 0]:
+        return untried[0]
+    log_total = math.log(max(1, sum(skill["n"] for skill in bank)))
+    value = [s["reward_sum"] / s["n"] + c * math.sqrt(log_total / s["n"]) for s in bank]
+    return value.index(max(value)) if bank else None
+
+
+def keep(bank: list[dict], text: str, reward: float, size: int) -> None:
+    """Adds a new skill unless its text is empty or there already, and forgets the oldest beyond size."""
+    if text and all(skill["text"] != text for skill in bank):
+        bank.append({"text": text, "reward": reward, "n": 0, "reward_sum": 0.0})
+        del bank[:-size]
+
+
+def with_skill(prompt: list[dict[str, str]], text: str) -> list[dict[str, str]]:
+    """S(x) + x: the skill once, before the task, as or in the system message."""
+    system, *rest = prompt if prompt[0]["role"] == "system" else [{"role": "system", "content": ""}, *prompt]
+    return [{**system, "content": f"{text}\n\n{system['content']}".rstrip()}, *rest] if text else prompt
+
+
+def full_divergence(policy, hidden: Tensor, teacher, seen: Rollout, on: Tensor, loss_mask: Tensor, t: float) -> Tensor:
+    """KL(student||teacher) over the vocabulary where on [N, T], the tokens of seen, at temperature t.  -> [N, T]"""
+    with torch.no_grad():
+        theirs = sampled_hidden(teacher, seen)
+    heads = {f"student_{k}": v for k, v in lm_head(policy).items()}
+    heads |= {f"teacher_{k}": v for k, v in lm_head(teacher).items()}
+    kl = linear_divergence(
+        hidden[on[loss_mask.bool()]], teacher_hidden=theirs, kind="reverse_kl", temperature=t, **heads
+    )
+    return torch.zeros_like(loss_mask).masked_scatter(on, kl)
+
+
+def check(config: Config) -> None:
+    require(config.group_size > 1, "GRPO compares episodes of one task: --group-size must be at least 2")
+    require(config.temperature > 0, "greedy episodes are all equal, no signal: --temperature must be above 0")
+    alone = config.skill_to == "teacher" or (config.sdl_coef == 0 and config.sampler == "student")
+    require(alone, "--skill-to student is GRPO with the skill in the prompt, nothing to distil: add --sdl-coef 0")
+    shares = 0 <= config.ema <= 1 and 0 < config.top_frac <= 1
+    require(shares, "--ema must lie in [0, 1], --top-frac in (0, 1]")
+    average = config.teacher_sync == "ema" and config.lora_rank > 0
+    require(not average, "--teacher-sync ema averages full weights: it needs --lora-rank 0")
+    apart = config.est != "full" or config.teacher_sync != "live" or config.minibatches == 1
+    require(apart, "--est full reads the live teacher, which moves between --minibatches: take another --teacher-sync")
+
+
+def main(config: Config) -> None:
+    check(config)
+    device = prepare(config)
+    task = make_task(config.task, config.prompt_column, config.answer_column)
+    reward, make = make_reward(config.reward, task), make_environment(config.environment, task, config.tool_format)
+    tokenizer = load_tokenizer(config.model)
+    policy = load_model(config.model, device, config.dtype, config.lora_rank)
+    live = config.teacher_sync == "live"
+    teacher = policy if live else load_model(config.model, device, config.dtype).requires_grad_(False)
+    engine = Episodes(ENGINES[config.rollout](policy, tokenizer), make, config.max_turns, config.max_seconds)
+    teacher_engine = Episodes(HFEngine(teacher, tokenizer), make, config.max_turns, config.max_seconds)
+    writer = engine.engine if config.summarizer == "self" else None
+    if config.summarizer not in ("rules", "self"):
+        other = load_model(config.summarizer, device, config.dtype, train=False)
+        writer = HFEngine(other, load_tokenizer(config.summarizer))
+    require(writer or hasattr(task, "summarise"), f"task {config.task!r} has no rules of its own: --summarizer self")
+    optimizer = Optimizer(policy, config)
+    run = Run(config, "skill_sd")
+    state = {"bank": {}, "solved": {}}  # by task: its skills, oldest first; the step that first solved it
+    parts = {"policy": policy, "optimizer": optimizer, "state": state}
+    parts |= {"teacher": teacher} if config.teacher_sync == "ema" else {}
+    brief = Sampling(config.temperature, config.summary_tokens)
+    sampling, limit = Sampling(config.temperature, config.max_new_tokens), config.micro_batch_tokens
+    fixed = task.draw(36, 0)  # training tasks that evaluations look at
+
+    def examine(step: int) -> dict[str, float]:
+        """Held-out evaluation; on training tasks the student's success, and the teacher's with skills."""
+        metrics = run.evaluate(step, engine, task) | {"skill/ever_solved": len(state["solved"])}
+        banks = [state["bank"].get(text_of(example), []) for example in fixed]
+        texts = [bank[choose(bank, config.ucb)]["text"] if bank else "" for bank in banks]
+        read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(engine.openings(fixed), texts, strict=True)]
+        for i, name, player, starts in ((3, "train", engine, ()), (4, "teacher", teacher_engine, read)):
+            rollout = player.generate(fixed, 4, sampling, (config.seed, 0, i), starts)
+            metrics[f"skill/{name}_success"] = (rollout.reward == CORRECT).double().mean().item()
+        rates = f"{metrics['skill/train_success']:.3f}, its teacher with skills {metrics['skill/teacher_success']:.3f}"
+        run.console.print(f"  on {len(fixed)} training tasks: policy {rates}; {len(state['solved'])} solved so far")
+        return metrics
+
+    done = run.restore(**parts)
+    if not done:
+        metrics = examine(0)
+        if hasattr(task, "oracle"):  # can the teacher read at all?
+            told = [(e, skill_text(task.oracle(e), "both", task)) for e in task.heldout(config.eval_problems)]
+            told = [replace(e, prompt=with_skill(e.prompt, text)) for e, text in told]
+            goal = run.evaluate(0, teacher_engine, task, "teacher with a perfect skill", told)
+            metrics |= {f"teacher/{key}": value for key, value in goal.items()}
+        run.log(0, metrics)
+
+    for step in run.steps(done):
+        # --- sample and grade
+        clock, key = [time.perf_counter()], (config.seed, step, 0)
+        problems = task.draw(config.prompts_per_step, *key)
+        banks = [state["bank"].setdefault(text_of(example), []) for example in problems]
+        chosen = [choose(bank, config.ucb) for bank in banks]
+        texts = ["" if i is None else bank[i]["text"] for i, bank in zip(chosen, banks, strict=True)]
+        openings = engine.openings(problems)
+        read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(openings, texts, strict=True)]
+        if config.sampler == "teacher":
+            rollout = teacher_engine.generate(problems, config.group_size, sampling, key, read)
+            plain = [encode(tokenizer, openings[g]) for g in rollout.group.tolist()]
+            rollout = under_prompts(rollout, plain, tokenizer.pad_token_id)
+        else:
+            rollout = engine.generate(problems, config.group_size, sampling, key, read * (config.skill_to == "student"))
+        if config.reward != "task":
+            rollout.reward = torch.tensor(grade_all(reward, rollout.examples, rollout.texts), device=device)
+        clock.append(time.perf_counter())
+
+        # --- score
+        mask, behaviour_logps = rollout.loss_mask, rollout.behaviour_logps
+        old_logps = behaviour_logps if config.sampler == "teacher" else None  # None: the ratio is 1
+        if old_logps is None and config.minibatches > 1:
+            old_logps, _ = score(policy, rollout, limit, config.temperature)
+        coef = config.sdl_coef * (max(0.0, 1 - step / config.warmdown) if config.warmdown else 1)
+        teacher_logps, sdl_mask = torch.zeros_like(mask), torch.zeros_like(mask)
+        skilled = torch.tensor([coef > 0 and bool(text) for text in texts], device=device)[rollout.group]  # [N], h
+        readers = skilled.nonzero().squeeze(1)
+        if len(readers):
+            source, prompts = rollout[readers], [read[g] for g in rollout.group[readers].tolist()]
+            seen = under_prompts(source, prompts, tokenizer.pad_token_id)
+            teacher_logps[readers], sdl_mask[readers] = score_within(teacher, seen, source, limit, config.temperature)
+            require(teacher_logps.isfinite().all(), "the teacher's log-probs are not finite: lower --lr")
+        clock.append(time.perf_counter())
+
+        # --- weigh
+        advantages = group_advantages(rollout.reward, rollout.group)  # [N]
+        gap = (behaviour_logps - teacher_logps) * sdl_mask
+        sdl_mask, n_read = largest_gaps(gap, sdl_mask, config.top_frac), sdl_mask.sum().clamp(min=1)
+
+        # --- update
+        stats, metrics = Stats(), rollout_metrics(rollout, reward, task)
+        learns = bool((config.adv_grpo * advantages).any()) or bool(sdl_mask.any())
+        shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
+        for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
+            c = 1 / mask[part].sum().clamp(min=1)  # 1 / N
+            c_sdl = c if config.sdl_agg == "token" else 1 / len(part)
+            for rows in micro_batches(rollout[part], limit):
+                at = part[rows]
+                batch, m = rollout[at], mask[at]
+                hidden = sampled_hidden(policy, batch)
+                logps, entropy = token_logps(policy, batch, config.temperature, hidden=hidden)
+                old = logps.detach() if old_logps is None else old_logps[at]
+                grpo = (policy_token_loss(logps, old, advantages[at], m, config) * m * c).sum()
+                loss, sdl = config.adv_grpo * grpo, torch.zeros_like(grpo)
+                if skilled[at].any():
+                    if config.est == "full":
+                        shown, on = seen[torch.searchsorted(readers, at[skilled[at]])], skilled[at][:, None] & m.bool()
+                        token_loss = full_divergence(policy, hidden, teacher, shown, on, m, config.temperature)
+                    else:
+                        token_loss = sdl_token_loss(logps, old, teacher_logps[at], sdl_mask[at], config)
+                    sdl = (token_loss * sdl_mask[at] * c_sdl).sum()
+                    loss = loss + coef * sdl  # Eq. 4
+                if learns:
+                    loss.backward()
+                for name, value in (("total", loss), ("grpo", grpo), ("sdl", sdl)):
+                    stats.add(f"loss/{name}", value / config.minibatches)
+                stats.tokens(m, {"train/entropy": entropy, "policy/kl_old": old - logps})
+                stats.engine(m, old, behaviour_logps[at])
+            metrics |= optimizer.step(step)
+        if config.teacher_sync == "ema":
+            for slow, new in zip(teacher.parameters(), policy.parameters(), strict=True):
+                slow.data.lerp_(new.data, config.ema)
+        clock.append(time.perf_counter())
+
+        # --- remember, for later steps only
+        for g, (i, bank) in enumerate(zip(chosen, banks, strict=True)):
+            got = rollout.reward[rollout.group == g].nan_to_num(0)
+            if i is not None:
+                bank[i] |= {"n": bank[i]["n"] + 1, "reward_sum": bank[i]["reward_sum"] + got.mean().item()}
+            if (got == CORRECT).any():
+                state["solved"].setdefault(text_of(problems[g]), step)
+        best = best_rows(rollout) if config.skill != "none" else []
+        summaries = summarise(rollout, best, task, writer, brief, (config.seed, step, 1))
+        for i, bank, summary in zip(best, banks, summaries, strict=False):
+            text = skill_text(summary, config.skill, task) if summary else ""
+            keep(bank, text, rollout.reward[i].item(), config.bank_size)
+
+        # --- log, evaluate and save
+        metrics |= {"teacher/kl": (gap.sum() / n_read).item(), "teacher/kl_abs": (gap.abs().sum() / n_read).item()}
+        metrics |= {"skill/told": sum(map(bool, texts)) / len(texts), "skill/ever_solved": len(state["solved"])}
+        metrics |= {"skill/bank": sum(map(len, state["bank"].values())), "skill/new": sum(map(bool, summaries))}
+        metrics |= stats.metrics() | resources(clock, rollout)
+        if run.due(step, config.eval_every):
+            metrics |= examine(step)
+        run.log(step, metrics, rollout, {"gap": gap, "advantage": advantages[:, None] * mask})
+        if run.due(step, config.save_every):
+            run.save(step, **parts)
+    run.finish(policy, tokenizer, compare=("grpo-sokoban", "skill-sd"))
+
+
+if __name__ == "__main__":
+    cli(main, Config, PRESETS)
