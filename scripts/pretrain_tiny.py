@@ -57,7 +57,7 @@ MAX_STEPS = 6000  # more than any recipe takes
 # Useful, imperfect, and with another taste in orders than the student: what calibration is for.
 EXPERT = {"task": "arithmetic", "max_new_tokens": 20, "decay_below": 9.0}  # decays from the start
 EXPERT |= {"start": "arithmetic-student", "high_first": 0.4, "batch": 128}  # half of a batch is of the domain
-CHAIN = {"max_new_tokens": 120, "max_turns": 10, "lr": 3e-3}
+CHAIN = {"max_new_tokens": 120, "max_turns": 10, "width": 64}
 FAMILIES = {
     "addition": {
         "addition-student": Recipe("addition", max_new_tokens=20, decay_below=0.5, decay_steps=150),
@@ -69,10 +69,8 @@ FAMILIES = {
         "arithmetic-mul-teacher": Recipe(**EXPERT, domain="mul", decay_steps=500),
     },
     "chain": {  # only the student has ever seen a call fail
-        "chain-student": Recipe(
-            "chain:shown_fault=0.12", **CHAIN, decay_below=0.25, decay_steps=150, width=48, layers=2, heads=2
-        ),
-        "chain-teacher": Recipe("chain", **CHAIN, decay_below=0.02, decay_steps=300, width=64, heads=2),
+        "chain-student": Recipe("chain:shown_fault=0.12", **CHAIN, decay_below=0.6, decay_steps=50),
+        "chain-teacher": Recipe("chain", **CHAIN, decay_below=0.03, decay_steps=200),
     },
     "sokoban": {  # decays from the start
         "sokoban-student": Recipe(

@@ -59,6 +59,14 @@ STUDIES = {
         "multi-opd-task": ["uni_opd.py", *PLAIN, "--task-coef", "1"],  # the control: an outcome reward, uncalibrated
         "grpo-arithmetic": ["grpo.py", "--model", "arithmetic-student", "--task", "arithmetic", *EQUAL],
     },
+    "chain": {  # a calculator that fails at times; all arms add A, the reward's advantage, but for opd-alone
+        "sod": ["sod.py"],
+        "opd-chain": ["sod.py", "--weighting", "uniform"],
+        "grpo-chain": ["sod.py", "--coef", "0"],
+        "mask-after-error": ["sod.py", "--weighting", "mask_after_error"],
+        "unclipped": ["sod.py", "--weighting", "unclipped"],
+        "opd-alone": ["sod.py", "--weighting", "uniform", "--adv-grpo", "0"],
+    },
     "sokoban": {  # 36 training levels, which is what headlines speak of
         "skill-sd": ["skill_sd.py"],
         "skill-sd-frozen": ["skill_sd.py", "--teacher-sync", "frozen"],

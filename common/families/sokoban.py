@@ -105,11 +105,11 @@ class Level(Environment):
     """One episode. An invalid action costs a move; what is solved stays solved."""
 
     def __init__(self, task: "Sokoban"):
-        self.task, self.moves = task, 0
+        self.task = task
         self.stops, self.turn_tokens = ((), 1) if task.render == "cells" else (("</action>",), 0)
 
     def reset(self, example: Example) -> list[dict[str, str]]:
-        self.room, self.state = position(example)
+        (self.room, self.state), self.moves = position(example), 0
         return example.prompt
 
     def step(self, text: str) -> Step:
