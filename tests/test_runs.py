@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.common.cli import UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
-from posttrain.methods import grpo, opd, scope_opd, skill_sd, uni_opd
+from posttrain.methods import grpo, opd, scope_opd, skill_sd, sod, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd}
-EPISODES = {"skill_sd"}  # methods whose default plays episodes
+METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd, "sod": sod}
+EPISODES = {"skill_sd", "sod"}  # methods whose default plays episodes
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
     "save-every": 2, "lr": 1e-3, "warmup": 0, "schedule": "linear",
@@ -45,6 +45,7 @@ KINDS = {
     "scope_opd": ("scope_opd", {}),
     "uni_opd": ("uni_opd", {}),
     "skill_sd": ("skill_sd", {}),
+    "sod": ("sod", {}),
 }
 TABLE = {  # style.md, Metrics
     "train/reward", "train/accuracy", "train/zero_signal", "train/length", "train/truncated", "train/entropy",
@@ -65,6 +66,7 @@ OWN = {
         "skill/bank",
         "skill/ever_solved",
     },
+    "sod": {"teacher/kl", "policy/kl_old", "sod/tool_calls", "sod/failed_calls", "sod/w_failed", "sod/d_clean_4"},
 }
 EVAL = {"eval/accuracy", "eval/pass_at_k"}
 
@@ -372,6 +374,8 @@ RESUMED = {
     "uni_opd minibatches, mask": ("uni_opd", {"minibatches": 2, "margin": "mask", "online-balance": "global"}),
     "skill_sd live, minibatches": ("skill_sd", {**MANY, "teacher-sync": "live", "minibatches": 2, "est": "pg"}),
     "skill_sd ema, full": ("skill_sd", {**MANY, "ema": 0.5, "est": "full", "warmdown": 4}),
+    "sod lora": ("sod", {"lora-rank": 4, "minibatches": 3}),
+    "sod heuristic, bonus": ("sod", {"weighting": "heuristic", "tool-bonus": True, "loss-agg": "seq"}),
     "opd data, cold start": ("opd", {"lmbda": 0.5, "est": "full", "off-policy": "data", "cold-start-steps": 2}),
 }
 
@@ -425,6 +429,7 @@ ACCUMULATED = [
     ("scope_opd", {}), ("scope_opd", {"objective": "repo"}), ("scope_opd", {"kl": "topk", "reduction": "token_mean"}),
     ("skill_sd", MANY), ("skill_sd", {**MANY, "est": "full", "teacher-sync": "live"}),
     ("skill_sd", {**MANY, "est": "k3", "sdl-agg": "seq_sum", "minibatches": 2, "top-frac": 0.3}),
+    ("sod", {}), ("sod", {"loss-agg": "seq", "ref-step": "mean", "minibatches": 3}), ("sod", {"weighting": "gated"}),
     ("uni_opd", {}), ("uni_opd", {"denominator": "kept", "domain-weights": "2,1", "minibatches": 2}),
 ]  # fmt: skip
 
@@ -564,6 +569,7 @@ WITH = {  # flags under which a choice has anything to choose
             "teacher_sync": {"teacher": "self", "est": "full", "beta": 0.5, "lr": 0.01, "ema": 0.3}},
     "scope_opd": {"kl": {"top_k": 2}, "student_weights": {"group_size": 16}},
     "uni_opd": {"margin_stats": {"group_size": 8}, "online_balance": {"group_size": 8}},
+    "sod": {},
     "skill_sd": {name: {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0}
                  for name in ("sdl_agg", "teacher_sync", "skill", "sampler", "dtype", "preset")}
     | {"skill_to": {"prompts_per_step": 36, "sdl_coef": 0.0},
@@ -658,6 +664,12 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("skill_sd", {"summarizer": "self", "summary_tokens": 40}), ("skill_sd", {"summarizer": "addition-student"}),
     ("skill_sd", {"task": "chain", "summarizer": "self", "summary_tokens": 8}),
     ("skill_sd", {"reward": "random", "prompts_per_step": 1}), ("skill_sd", {"adv_grpo": 0.0, "sampler": "teacher"}),
+    ("sod", {"coef": 0.0}), ("sod", {"max_turns": 1}), ("sod", {"max_new_tokens": 5}), ("sod", {"max_seconds": 1e-3}),
+    ("sod", {"lora_rank": 4, "dtype": "bfloat16"}), ("sod", {"reward": "random", "weighting": "gated"}),
+    ("sod", {"task": "chain:fault=0.5", "tool_bonus": True, "minibatches": 7}), ("sod", {"task": "addition"}),
+    ("sod", {"delta": 0.0, "d_floor": 0.05, "opd_clip": 0.1, "dual_clip": 0.0}), ("sod", {"prompts_per_step": 1}),
+    ("sod", {"task": "sokoban", "model": "sokoban-student", "teacher": "sokoban-student"}),
+    ("sod", {"environment": "calculator", "task": "addition", "tool_format": "json", "max_new_tokens": 8}),
     ("uni_opd", {"group_size": 1}), ("uni_opd", {"balance_ratio": 0.0}), ("uni_opd", {"margin_delta": -math.inf}),
     ("uni_opd", {"balance_ratio": math.inf, "denominator": "kept"}), ("uni_opd", {"max_new_tokens": 1}),
     ("uni_opd", {"teacher": "arithmetic-add-teacher", "routing": "average"}), ("uni_opd", {"task_coef": 1.0}),
