@@ -218,7 +218,7 @@ def main(config: Config) -> None:
     parts |= {"teacher": teacher} if config.teacher_sync == "ema" else {}
     brief = Sampling(config.temperature, config.summary_tokens)
     sampling, limit = Sampling(config.temperature, config.max_new_tokens), config.micro_batch_tokens
-    fixed = task.draw(36, 0)  # training tasks that evaluations look at
+    fixed = task.draw(min(36, config.eval_problems), 0)  # training tasks that evaluations look at
 
     def examine(step: int) -> dict[str, float]:
         """Held-out evaluation; on training tasks the student's success, and the teacher's with skills."""
@@ -227,7 +227,7 @@ def main(config: Config) -> None:
         texts = [bank[choose(bank, config.ucb)]["text"] if bank else "" for bank in banks]
         read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(engine.openings(fixed), texts, strict=True)]
         for i, name, player, starts in ((3, "train", engine, ()), (4, "teacher", teacher_engine, read)):
-            rollout = player.generate(fixed, 4, sampling, (config.seed, 0, i), starts)
+            rollout = player.generate(fixed, config.eval_samples, sampling, (config.seed, 0, i), starts)
             metrics[f"skill/{name}_success"] = (rollout.reward == CORRECT).double().mean().item()
         rates = f"{metrics['skill/train_success']:.3f}, its teacher with skills {metrics['skill/teacher_success']:.3f}"
         run.console.print(f"  on {len(fixed)} training tasks: policy {rates}; {len(state['solved'])} solved so far")

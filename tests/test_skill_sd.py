@@ -1,5 +1,6 @@
 """methods/skill_sd.py against plain float64 references, written from the equations of the method's sheet."""
 
+import json
 import math
 from pathlib import Path
 
@@ -502,6 +503,10 @@ def test_full_divergence_is_the_reverse_kl_at_the_chosen_tokens(played):
 SMALL = {"steps": 3, "prompts_per_step": 12, "group_size": 4, "eval_problems": 4, "eval_samples": 1, "eval_every": 0}
 
 
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 class Spy:
     """What a run sampled, read and kept, step by step."""
 
@@ -607,14 +612,10 @@ def test_a_skill_is_used_only_after_the_step_that_made_it(monkeypatch, tmp_path)
 
 
 def test_rows_without_a_skill_carry_no_distillation_and_step_1_is_grpo(monkeypatch, tmp_path):
-    import json
-
     given = {**SMALL, "steps": 2, "prompts_per_step": 24, "teacher_sync": "live"}
     for name, more in (("sd", {}), ("grpo", {"sdl_coef": 0.0})):
         skill_sd.main(Config(**given, **more, out=str(tmp_path / name)))
-    a, b = (
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("sd", "grpo")
-    )
+    a, b = metrics(tmp_path / "sd"), metrics(tmp_path / "grpo")
     assert a[1]["skill/told"] == 0 == a[1]["loss/sdl"]
     for key in ("loss/total", "optim/grad_norm", "train/entropy", "train/reward"):
         assert a[1][key] == b[1][key]
@@ -642,6 +643,9 @@ def test_the_sampled_log_probs_are_the_skilled_ones_when_the_teacher_plays(monke
         assert (q - seen.behaviour_logps).abs().max() < 1e-4  # o = q: the teacher itself wrote the tokens
         checked += int((seen.tokens != pad).any())
     assert checked
+    rows = metrics(tmp_path / "run")[1:]
+    assert any(abs(row["policy/kl_old"]) > 1e-3 for row in rows if row["skill/told"])  # o is the teacher's
+    assert all(row["engine/logp_gap"] == 0 for row in rows)
 
 
 def test_ema_moves_the_teacher_by_its_share(tmp_path):
