@@ -74,7 +74,9 @@ STUDIES = {
         "grpo-sokoban": ["skill_sd.py", "--sdl-coef", "0"],
         "opd-skill": ["skill_sd.py", "--adv-grpo", "0", "--sdl-coef", "1"],  # self-distillation alone
         "grpo-skill": ["skill_sd.py", "--skill-to", "student", "--sdl-coef", "0"],  # the skill in the student's prompt
-        "skill-naive": ["skill_sd.py", "--preset", "naive"],
+        "skill-sd-k3": ["skill_sd.py", "--est", "k3"],  # without the importance weight
+        "skill-naive": ["skill_sd.py", "--preset", "naive"],  # live, k3, coefficient 1
+        "skill-sd-live-1": ["skill_sd.py", "--teacher-sync", "live", "--sdl-coef", "1"],  # the same with the weight
     },
 }
 HEADLINES = {"sokoban": "skill/train_success"}  # study -> metric of its curves and target, else eval/accuracy
