@@ -73,6 +73,7 @@ STUDIES = {
         "skill-sd-live": ["skill_sd.py", "--teacher-sync", "live"],  # as the paper has it
         "grpo-sokoban": ["skill_sd.py", "--sdl-coef", "0"],
         "opd-skill": ["skill_sd.py", "--adv-grpo", "0", "--sdl-coef", "1"],  # self-distillation alone
+        "skill-sd-unread": ["skill_sd.py", "--skill-to", "nobody"],  # control: the slow teacher without the skill
         "grpo-skill": ["skill_sd.py", "--skill-to", "student", "--sdl-coef", "0"],  # the skill in the student's prompt
         "skill-sd-k3": ["skill_sd.py", "--est", "k3"],  # without the importance weight
         "skill-naive": ["skill_sd.py", "--preset", "naive"],  # live, k3, coefficient 1

@@ -132,7 +132,6 @@ FLAGS = {
     "ratio nan": ("uni_opd", {"balance-ratio": "nan"}, ["--balance-ratio"]),
     "group of one, skill": ("skill_sd", {"group-size": 1}, ["--group-size"]),
     "temperature 0, skill": ("skill_sd", {"temperature": 0}, ["--temperature"]),
-    "nothing to distil": ("skill_sd", {"skill-to": "student"}, ["--skill-to", "--sdl-coef 0"]),
     "an average of adapters": ("skill_sd", {"lora-rank": 4}, ["--teacher-sync", "--lora-rank"]),
     "a teacher that moves": ("skill_sd", {"est": "full", "teacher-sync": "live", "minibatches": 2}, ["--est"]),
     "no rules": ("skill_sd", {"task": "chain"}, ["chain", "--summarizer"]),

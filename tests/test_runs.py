@@ -571,9 +571,8 @@ WITH = {  # flags under which a choice has anything to choose
     "uni_opd": {"margin_stats": {"group_size": 8}, "online_balance": {"group_size": 8}},
     "sod": {},
     "skill_sd": {name: {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0}
-                 for name in ("sdl_agg", "teacher_sync", "skill", "sampler", "dtype", "preset")}
-    | {"skill_to": {"prompts_per_step": 36, "sdl_coef": 0.0},
-       "est": {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0, "minibatches": 2}},
+                 for name in ("sdl_agg", "teacher_sync", "skill", "skill_to", "sampler", "dtype", "preset")}
+    | {"est": {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0, "minibatches": 2}},
 }  # fmt: skip
 
 

@@ -563,6 +563,15 @@ def test_another_skill_changes_what_the_teacher_reads_and_nothing_that_the_stude
             assert torch.equal(x.tokens[i][x.loss_mask[i] > 0], y.tokens[i][y.loss_mask[i] > 0])
 
 
+def test_a_teacher_that_reads_nothing_agrees_with_a_student_that_has_not_moved(tmp_path):
+    given = {**SMALL, "steps": 3, "prompts_per_step": 36, "lr": 1e-30, "teacher_sync": "frozen"}
+    skill_sd.main(Config(**given, skill_to="nobody", out=str(tmp_path / "a")))
+    skill_sd.main(Config(**given, out=str(tmp_path / "b")))
+    blind, reading = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert blind[3]["skill/told"] == reading[3]["skill/told"] > 0
+    assert blind[3]["teacher/kl_abs"] < 1e-5 and blind[3]["loss/sdl"] < 1e-9 and reading[3]["teacher/kl_abs"] > 0.01
+
+
 def test_the_student_never_reads_a_skill_in_training_or_evaluation(monkeypatch, tmp_path):
     policies = []
     generate = Episodes.generate
