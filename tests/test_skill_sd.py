@@ -511,7 +511,7 @@ class Spy:
     """What a run sampled, read and kept, step by step."""
 
     def __init__(self, patch, tmp_path: Path, skill=None, **given):
-        self.rollouts, self.seen, self.used, self.kept, self.events = [], [], [], [], []
+        self.rollouts, self.seen, self.scored, self.used, self.events = [], [], [], [], []
         generate, within, pick, keep_ = Episodes.generate, skill_sd.score_within, skill_sd.choose, skill_sd.keep
 
         def generates(engine, *args, **kwargs):
@@ -521,6 +521,7 @@ class Spy:
 
         def scores(model, seen, *rest):
             self.seen.append(seen)
+            self.scored.append((self.rollouts[-1], rest[0], within(model, seen, *rest)[0]))
             return within(model, seen, *rest)
 
         def chooses(bank, c):
@@ -539,6 +540,19 @@ class Spy:
         patch.setattr(skill_sd, "keep", keeps)
         skill_sd.main(Config(**{**SMALL, **given, "out": str(tmp_path)}))
         patch.undo()
+
+
+@pytest.mark.parametrize("agg", ["token", "seq_sum"])
+def test_the_logged_loss_is_eq_3_over_all_sampled_tokens_of_the_batch(monkeypatch, tmp_path, agg):
+    spy = Spy(monkeypatch, tmp_path / "run", steps=4, prompts_per_step=36, sdl_agg=agg)
+    logged = [row for row in metrics(tmp_path / "run")[1:] if row["skill/told"]]
+    assert len(logged) == len(spy.scored) > 1
+    for row, (rollout, told, q) in zip(logged, spy.scored, strict=True):
+        n = float(rollout.loss_mask.sum()) if agg == "token" else len(rollout)
+        ell = (told.behaviour_logps - q)[told.loss_mask > 0].double()  # r is 1
+        assert len(told) < len(rollout) and ell.abs().max() > 0.1
+        assert row["loss/sdl"] == pytest.approx(((-ell).exp() - 1 + ell).sum().item() / n, rel=1e-3)
+        assert row["loss/total"] == pytest.approx(row["loss/grpo"] + 0.1 * row["loss/sdl"], rel=1e-3, abs=1e-6)
 
 
 def test_another_skill_changes_what_the_teacher_reads_and_nothing_that_the_student_does(monkeypatch, tmp_path):
