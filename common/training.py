@@ -64,7 +64,7 @@ def evaluate(
 ) -> tuple[dict[str, float], Rollout]:
     """Avg@samples, Pass@samples (both also for each value of column `by`), greedy; same problems and noise always."""
     alone = not hasattr(task, "environment") or hasattr(engine, "make_environment")
-    require(alone, f"task {task.name!r} is played in turns: choose a method that has --max-turns")
+    require(alone, "this task is played in turns: choose a method that has --max-turns")
     rollout = engine.generate(problems, samples, sampling, key=(seed, 0, 1))
     greedy = engine.generate(problems, 1, Sampling(0.0, sampling.max_new_tokens), key=(seed, 0, 2))
     for part in (rollout, greedy):

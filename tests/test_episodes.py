@@ -9,7 +9,9 @@ import json
 import math
 import random
 import re
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.common import rollout as rollout_module
 from posttrain.common.cli import UserError
+from posttrain.common.environments import episodes as module
 from posttrain.common.environments.episodes import Environment, Episodes, Step, demonstrated, reply
 from posttrain.common.environments.tools import ToolUse, make_environment
 from posttrain.common.families.chain import Chain
@@ -270,14 +273,11 @@ def test_a_turn_that_ends_with_the_last_token_of_the_budget_is_whole(turn, heard
     assert episode.ending == ("done" if heard else "tokens")
 
 
-def test_ending_time(forced):
-    class Slow(Says):
-        def step(self, text):
-            time.sleep(0.05)
-            return super().step(text)
-
-    for seconds, ending, turns in ((0.02, "time", 2), (0.0, "turns", 4), (30.0, "turns", 4)):
-        episodes = forced(lambda text: "a;", lambda e, s: Slow(GO, GO, GO, GO), max_turns=4, max_seconds=seconds)
+def test_ending_time(forced, monkeypatch):
+    """The clock is read at the start and after each turn's sampling: 0, 1, 2, ..."""
+    for seconds, ending, turns in ((1.5, "time", 2), (0.0, "turns", 4), (30.0, "turns", 4)):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=itertools.count().__next__))
+        episodes = forced(lambda text: "a;", lambda e, s: Says(GO, GO, GO, GO), max_turns=4, max_seconds=seconds)
         r = episodes.generate(examples("q", "r"), 1, Sampling(1.0, 60), (0,))
         assert [(e.ending, len(e.turns)) for e in r.episodes] == [(ending, turns)] * 2
         assert not r.finished.any() and r.reward.tolist() == [0.5, 0.5]
@@ -793,17 +793,18 @@ def test_good_environments_by_path(tiny, tmp_path):
 
 
 def test_environments_run_at_the_same_time_and_each_row_has_its_own(forced):
-    class Sleeps(Says):
+    both = threading.Barrier(2, timeout=60)  # one environment alone would wait for ever
+
+    class Waits(Says):
         def step(self, text):
-            time.sleep(0.2)
+            both.wait()
             return Step(done=True, reward=float(self.mine))
 
     numbers = iter(range(4))
-    episodes = forced(lambda text: "a;", lambda e, s: Sleeps(mine=next(numbers)))
-    began = time.monotonic()
+    episodes = forced(lambda text: "a;", lambda e, s: Waits(mine=next(numbers)))
+    episodes.pool = ThreadPoolExecutor(2)  # however many cores there are
     r = episodes.generate(examples("q", "r"), 2, Sampling(1.0, 9), (0,))
     assert r.reward.tolist() == [0, 1, 2, 3]
-    assert time.monotonic() - began < 0.8, "four environments of 0.2 s"
 
 
 # --- tools
