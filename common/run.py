@@ -125,7 +125,7 @@ class Run:
 
     def log(self, step: int, metrics: dict, rollout: Rollout | None = None, signals: dict | None = None) -> None:
         """One line of metrics.jsonl, the live line, wandb; the best, the worst and one more sample of the batch, with
-        signals, [N, T] by name, on each of its tokens (scripts/transcript.py shows them)."""
+        signals by name: [N, T] on each of its tokens, or N values (scripts/transcript.py shows them)."""
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
@@ -136,11 +136,11 @@ class Run:
             for kind, i in sample_rows(rollout, step).items():
                 row = {"step": step, "kind": kind, "prompt": rollout.examples[i].prompt, "text": rollout.texts[i]}
                 row |= {"reward": rollout.reward[i].item()}
-                if signals:
-                    known = {"ids": rollout.tokens, "turn": rollout.turn, **signals}
-                    length = int(rollout.attention_mask[i].sum())
-                    row |= {name: [round(x, 4) for x in values[i, :length].tolist()] for name, values in known.items()}
-                    row |= {"episode": dataclasses.asdict(rollout.episodes[i])} if rollout.episodes[i] else {}
+                known = {"ids": rollout.tokens, "turn": rollout.turn, **signals} if signals else {}
+                length = int(rollout.attention_mask[i].sum())
+                for name, x in known.items():
+                    row[name] = [round(v, 4) for v in x[i, :length].tolist()] if torch.is_tensor(x) else x[i]
+                row |= {"episode": dataclasses.asdict(rollout.episodes[i])} if signals and rollout.episodes[i] else {}
                 file.write(json.dumps(row) + "\n")
         keys = ("reward", "accuracy", "entropy", "length")
         live = "  ".join(f"{key} {metrics[f'train/{key}']:.3g}" for key in keys if f"train/{key}" in metrics)

@@ -15,10 +15,11 @@ loss mask, N = sum m, and h = 1 on the rows of tasks that have a skill:
 Differs from grpo.py in (3), (5) and (6); from opd.py in that the teacher is the student with something to read.
 
 Good to know
-- d/ds of r k3(l) is r l, what k3 adds cancels: (3) has value and gradient of the reverse KL, position by position.
-  Without r, or with r detached, the gradient is the forward KL's, although r is 1 at the first step.
-- The paper copies the student into the teacher each step (--teacher-sync live). A tiny student that never reads skills
-  in training forgets how to. A skill helps no other task: look at training tasks beside held-out ones.
+- d/ds of r k3(l) is r l: in expectation over sampled tokens, (3) has value and gradient of the reverse KL at each
+  position. Without r, or with r detached, the gradient is the forward KL's, although r is 1 at the first step.
+- A tiny student that never reads skills in training forgets how to: the paper's --teacher-sync live suffers.
+- A skill helps its own task only: look at training tasks beside held-out ones. Where no task returns, this is GRPO.
+- Left out: bounds on l (beyond one r's slope acts alone, the wrong way), r and loss; the largest |l| only; warm-down.
 
 Run: python methods/skill_sd.py        Expected: see the table of results in README.md.
 """
@@ -26,6 +27,7 @@ Run: python methods/skill_sd.py        Expected: see the table of results in REA
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -33,12 +35,12 @@ from torch import Tensor
 
 from posttrain.common.cli import cli, require
 from posttrain.common.environments.episodes import Episodes
-from posttrain.common.environments.summaries import best_rows, skill_text, summarise
+from posttrain.common.environments.summaries import best_rows, fit_skill, room, skill_text, summarise, with_skill
 from posttrain.common.environments.tools import Form, make_environment
 from posttrain.common.models import load_model, load_tokenizer, prepare
 from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts
 from posttrain.common.run import Run
-from posttrain.common.scoring import lm_head, micro_batches, sampled_hidden, score, score_within, token_logps
+from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, score, score_within, token_logps
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task, text_of
 from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
 from posttrain.kernels.divergence import linear_divergence
@@ -91,8 +93,7 @@ class Config:
     sdl_coef: float = 0.1  # weight of Eq. 3 (paper: 0.001); 0 = GRPO
     est: Literal["iw_k3", "k3", "iw_k3_detached", "pg", "full"] = "iw_k3"  # Eq. 3; see sdl_token_loss
     sdl_agg: Literal["token", "seq_sum"] = "token"  # N of Eq. 3: all sampled tokens, or the rows
-    warmdown: int = 0  # lower sdl_coef linearly to 0 over so many steps; 0 = keep it
-    teacher_sync: Literal["live", "frozen", "ema"] = "ema"  # teacher: student of this step (paper), first one, average
+    teacher_sync: Literal["live", "frozen", "ema"] = "ema"  # live: the student (paper); frozen: its start; ema: a mean
     ema: float = 0.01  # teacher <- ema student + (1 - ema) teacher, each step
     skill: Literal["both", "workflow", "mistakes", "none"] = "both"  # which parts of a summary are kept
     skill_to: Literal["teacher", "student", "nobody"] = "teacher"  # student: without Eq. 3; nobody: a control
@@ -104,10 +105,6 @@ class Config:
     eps_lo: float = 0.2  # lower clip
     eps_hi: float = 0.28  # upper clip
     minibatches: int = 1  # optimizer steps a batch
-    ell_clip: float = 0.0  # bound of |l| in nats (GenEvolve: 10); 0 = off
-    rho_max: float = 0.0  # bound of r in Eq. 3 (GenEvolve: 2); 0 = off
-    tok_cap: float = 0.0  # bound of a token's loss in Eq. 3; 0 = off
-    top_frac: float = 1.0  # Eq. 3 only on this fraction of tokens, those with the largest |l|
 
 
 def group_advantages(reward: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
@@ -129,23 +126,15 @@ def policy_token_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, loss
 
 def sdl_token_loss(logps: Tensor, old_logps: Tensor, teacher_logps: Tensor, loss_mask: Tensor, config) -> Tensor:
     """Eq. 3, one value per token, with gradient through r and l.  [N, T] ... -> [N, T]
-
-    iw_k3: value and gradient of KL(student||teacher). k3 and iw_k3_detached: the gradient of KL(teacher||student) when
-    on-policy. pg: -l as an advantage, the gradient of iw_k3 with another value.
+    iw_k3: value and gradient of KL(student||teacher); pg, -l as an advantage: that gradient. k3, iw_k3_detached: the
+    gradient of KL(teacher||student) when on-policy. All in expectation over sampled tokens.
     """
-    bound, ratio_bound, cap = (x or math.inf for x in (config.ell_clip, config.rho_max, config.tok_cap))
-    ell = torch.where(loss_mask > 0, logps - teacher_logps, 0).clamp(-bound, bound)
-    ratio = torch.where(loss_mask > 0, logps - old_logps, 0).clamp(max=10).exp().clamp(max=ratio_bound)
+    ell = torch.where(loss_mask > 0, logps - teacher_logps, 0)
+    ratio = torch.where(loss_mask > 0, logps - old_logps, 0).clamp(max=10).exp()
+    if config.est == "pg":
+        return ratio * ell.detach()
     k3 = (-ell).clamp(max=20).exp() - 1 + ell
-    forms = {"iw_k3": ratio * k3, "k3": k3, "iw_k3_detached": ratio.detach() * k3, "pg": ratio * ell.detach()}
-    return forms[config.est].clamp(max=cap)
-
-
-def largest_gaps(ell: Tensor, mask: Tensor, fraction: float) -> Tensor:
-    """1 on the given fraction of masked tokens, those with the largest |l|.  [N, T], [N, T] -> [N, T]"""
-    if fraction >= 1 or not mask.any():
-        return mask
-    return mask * (ell.abs() >= ell.abs()[mask > 0].quantile(1 - fraction))
+    return {"iw_k3": ratio, "k3": 1, "iw_k3_detached": ratio.detach()}[config.est] * k3
 
 
 def choose(bank: list[dict], c: float) -> int | None:
@@ -157,40 +146,35 @@ def choose(bank: list[dict], c: float) -> int | None:
     return value.index(max(value)) if bank else None
 
 
-def keep(bank: list[dict], text: str, reward: float, size: int) -> None:
-    """Adds a new skill unless its text is empty or there already, and forgets the oldest beyond size."""
-    if text and all(skill["text"] != text for skill in bank):
+def keep(bank: list[dict], text: str, reward: float, size: int) -> bool:
+    """Adds a skill unless its text is empty or there already, and forgets the oldest beyond size. -> whether it did"""
+    new = bool(text) and all(skill["text"] != text for skill in bank)
+    if new:
         bank.append({"text": text, "reward": reward, "n": 0, "reward_sum": 0.0})
         del bank[:-size]
+    return new
 
 
-def with_skill(prompt: list[dict[str, str]], text: str) -> list[dict[str, str]]:
-    """S(x) + x: the skill once, before the task, as or in the system message."""
-    system, *rest = prompt if prompt[0]["role"] == "system" else [{"role": "system", "content": ""}, *prompt]
-    return [{**system, "content": f"{text}\n\n{system['content']}".rstrip()}, *rest] if text else prompt
-
-
-def full_divergence(policy, hidden: Tensor, teacher, seen: Rollout, on: Tensor, loss_mask: Tensor, t: float) -> Tensor:
-    """KL(student||teacher) over the vocabulary where on [N, T], the tokens of seen, at temperature t.  -> [N, T]"""
+def full_divergence(policy, hidden: Tensor, teacher, behind: Rollout, mask: Tensor, on: Tensor, t: float) -> Tensor:
+    """KL(student||teacher) over the vocabulary on the tokens of behind, which are 1 in on [N, T].  -> [N, T]"""
     with torch.no_grad():
-        theirs = sampled_hidden(teacher, seen)
+        theirs = sampled_hidden(teacher, behind)
     heads = {f"student_{k}": v for k, v in lm_head(policy).items()}
     heads |= {f"teacher_{k}": v for k, v in lm_head(teacher).items()}
-    kl = linear_divergence(
-        hidden[on[loss_mask.bool()]], teacher_hidden=theirs, kind="reverse_kl", temperature=t, **heads
-    )
-    return torch.zeros_like(loss_mask).masked_scatter(on, kl)
+    kl = linear_divergence(hidden[on[mask > 0] > 0], teacher_hidden=theirs, kind="reverse_kl", temperature=t, **heads)
+    return torch.zeros_like(mask).masked_scatter(on > 0, kl)
 
 
 def check(config: Config) -> None:
     require(config.group_size > 1, "GRPO compares episodes of one task: --group-size must be at least 2")
     require(config.temperature > 0, "greedy episodes are all equal, no signal: --temperature must be above 0")
-    shares = 0 <= config.ema <= 1 and 0 < config.top_frac <= 1
-    require(shares, "--ema must lie in [0, 1], --top-frac in (0, 1]")
-    average = config.teacher_sync == "ema" and config.lora_rank > 0
-    require(not average, "--teacher-sync ema averages full weights: it needs --lora-rank 0")
-    apart = config.est != "full" or config.teacher_sync != "live" or config.minibatches == 1
-    require(apart, "--est full reads the live teacher, which moves between --minibatches: take another --teacher-sync")
+    distils = config.sdl_coef > 0 and config.skill_to != "student"
+    require(config.adv_grpo > 0 or distils, "--adv-grpo 0 with --sdl-coef 0 or --skill-to student leaves no loss")
+    require(config.ema <= 1, "--ema must lie in [0, 1]")
+    averages = "--teacher-sync ema averages full weights: with --lora-rank take --teacher-sync live or frozen"
+    require(config.teacher_sync != "ema" or config.lora_rank == 0, averages)
+    moves = "--est full reads the live teacher, which moves between --minibatches: take another --teacher-sync"
+    require(config.est != "full" or config.teacher_sync != "live" or config.minibatches == 1, moves)
 
 
 def main(config: Config) -> None:
@@ -199,9 +183,9 @@ def main(config: Config) -> None:
     task = make_task(config.task, config.prompt_column, config.answer_column)
     reward, make = make_reward(config.reward, task), make_environment(config.environment, task, config.tool_format)
     tokenizer = load_tokenizer(config.model)
-    policy = load_model(config.model, device, config.dtype, config.lora_rank)
-    live = config.teacher_sync == "live"
-    teacher = policy if live else load_model(config.model, device, config.dtype).requires_grad_(False)
+    load = partial(load_model, config.model, device, config.dtype)
+    policy = load(config.lora_rank)
+    teacher = policy if config.teacher_sync == "live" else load().requires_grad_(False)
     engine = Episodes(ENGINES[config.rollout](policy, tokenizer), make, config.max_turns, config.max_seconds)
     teacher_engine = Episodes(HFEngine(teacher, tokenizer), make, config.max_turns, config.max_seconds)
     writer = engine.engine if config.summarizer == "self" else None
@@ -209,35 +193,42 @@ def main(config: Config) -> None:
         other = load_model(config.summarizer, device, config.dtype, train=False)
         writer = HFEngine(other, load_tokenizer(config.summarizer))
     require(writer or hasattr(task, "summarise"), f"task {config.task!r} has no rules of its own: --summarizer self")
-    optimizer = Optimizer(policy, config)
-    run = Run(config, "skill_sd")
-    state = {"bank": {}, "solved": {}}  # by task: its skills, oldest first; the step that first solved it
+    optimizer, run = Optimizer(policy, config), Run(config, "skill_sd")
+    state = {"bank": {}, "solved": {}, "chosen": 0}  # a task's skills, oldest first; the step that first solved it
     parts = {"policy": policy, "optimizer": optimizer, "state": state}
     parts |= {"teacher": teacher} if config.teacher_sync == "ema" else {}
-    brief = Sampling(config.temperature, config.summary_tokens)
-    sampling, limit = Sampling(config.temperature, config.max_new_tokens), config.micro_batch_tokens
+    sampling, brief = (Sampling(config.temperature, n) for n in (config.max_new_tokens, config.summary_tokens))
+    limit, pad = config.micro_batch_tokens, tokenizer.pad_token_id
     fixed = task.draw(min(36, config.eval_problems), 0)  # training tasks that evaluations look at
+    fit, ids = partial(fit_skill, tokenizer=tokenizer, task=task), partial(encode, tokenizer)
+    most = room(engine.engine, config.max_new_tokens)  # tokens of a prompt that is played
+    distils = config.sdl_coef > 0 and config.skill_to != "student"
+    plays = config.skill_to == "student" or (config.skill_to == "teacher" and config.sampler == "teacher")
+    is_read = plays or (distils and config.skill_to == "teacher")
+    moves = config.sampler == "teacher" or config.minibatches > 1  # the ratio is not 1
 
     def examine(step: int) -> dict[str, float]:
         """Held-out evaluation; on training tasks the student's success, and the teacher's with skills."""
         metrics = run.evaluate(step, engine, task) | {"skill/ever_solved": len(state["solved"])}
-        banks = [state["bank"].get(text_of(example), []) for example in fixed]
+        banks = [state["bank"].get((text_of(example), example.answer), []) for example in fixed]
         texts = [bank[choose(bank, config.ucb)]["text"] if bank else "" for bank in banks]
-        read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(engine.openings(fixed), texts, strict=True)]
-        for i, name, player, starts in ((3, "train", engine, ()), (4, "teacher", teacher_engine, read)):
-            rollout = player.generate(fixed, config.eval_samples, sampling, (config.seed, 0, i), starts)
+        starts = [ids(fit(text, x, most)[1]) for text, x in zip(texts, engine.openings(fixed), strict=True)]
+        for i, name, player, begin in ((3, "train", engine, ()), (4, "teacher", teacher_engine, starts)):
+            rollout = player.generate(fixed, config.eval_samples, sampling, (config.seed, 0, i), begin)
             metrics[f"skill/{name}_success"] = (rollout.reward == CORRECT).double().mean().item()
         rates = f"{metrics['skill/train_success']:.3f}, its teacher with skills {metrics['skill/teacher_success']:.3f}"
         run.console.print(f"  on {len(fixed)} training tasks: policy {rates}; {len(state['solved'])} solved so far")
+        if distils and any(texts) and metrics["skill/teacher_success"] < metrics["skill/train_success"]:
+            run.console.print("  warning: the teacher does worse with skills than the policy without: Eq. 3 misleads")
         return metrics
 
     done = run.restore(**parts)
     if not done:
         metrics = examine(0)
-        if hasattr(task, "oracle"):  # can the teacher read at all?
-            told = [(e, skill_text(task.oracle(e), "both", task)) for e in task.heldout(config.eval_problems)]
-            told = [replace(e, prompt=with_skill(e.prompt, text)) for e, text in told]
-            goal = run.evaluate(0, teacher_engine, task, "teacher with a perfect skill", told)
+        if hasattr(task, "oracle"):  # can the teacher follow a skill at all?
+            perfect = [(e, skill_text(task.oracle(e), "both", task)) for e in task.heldout(config.eval_problems)]
+            perfect = [replace(e, prompt=fit(text, e.prompt, most)[1]) for e, text in perfect]
+            goal = run.evaluate(0, teacher_engine, task, "teacher with a perfect skill", perfect)
             metrics |= {f"teacher/{key}": value for key, value in goal.items()}
         run.log(0, metrics)
 
@@ -245,43 +236,46 @@ def main(config: Config) -> None:
         # --- sample and grade
         clock, key = [time.perf_counter()], (config.seed, step, 0)
         problems = task.draw(config.prompts_per_step, *key)
-        banks = [state["bank"].setdefault(text_of(example), []) for example in problems]
+        banks = [state["bank"].setdefault((text_of(example), example.answer), []) for example in problems]
         chosen = [choose(bank, config.ucb) for bank in banks]
         texts = ["" if i is None else bank[i]["text"] for i, bank in zip(chosen, banks, strict=True)]
-        # nobody: a slow teacher without anything to read, to see what the skill itself does
-        openings, told = engine.openings(problems), texts if config.skill_to != "nobody" else [""] * len(texts)
-        read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(openings, told, strict=True)]
+        starts = []
+        if plays or hasattr(task, "shorten"):  # else Eq. 3 leaves out the tokens that exceed the context
+            fits = [fit(text, x, most) for text, x in zip(texts, engine.openings(problems), strict=True)]
+            texts, starts = [text for text, _ in fits], [ids(prompt) for _, prompt in fits if plays]
+        player = teacher_engine if config.sampler == "teacher" else engine
+        rollout = player.generate(problems, config.group_size, sampling, key, starts)
         if config.sampler == "teacher":
-            rollout = teacher_engine.generate(problems, config.group_size, sampling, key, read)
-            plain = [encode(tokenizer, openings[g]) for g in rollout.group.tolist()]
-            rollout = under_prompts(rollout, plain, tokenizer.pad_token_id)
-        else:
-            rollout = engine.generate(problems, config.group_size, sampling, key, read * (config.skill_to == "student"))
+            rollout = under_prompts(rollout, [ids(e.prompt) for e in rollout.examples], pad)
+        played = replace(rollout)  # with the environment's own reward
         if config.reward != "task":
             rollout.reward = torch.tensor(grade_all(reward, rollout.examples, rollout.texts), device=device)
         clock.append(time.perf_counter())
 
         # --- score
         mask, behaviour_logps = rollout.loss_mask, rollout.behaviour_logps
-        old_logps = behaviour_logps if config.sampler == "teacher" else None  # None: the ratio is 1
-        if old_logps is None and config.minibatches > 1:
-            old_logps, _ = score(policy, rollout, limit, config.temperature)
-        coef = config.sdl_coef * (max(0.0, 1 - step / config.warmdown) if config.warmdown else 1)
-        coef *= config.skill_to != "student"  # skill-augmented GRPO has nothing to distil
+        student_logps, old_logps = behaviour_logps, None  # None: the ratio is 1
+        if moves:
+            student_logps, _ = score(policy, rollout, limit, config.temperature)
+            old_logps = behaviour_logps if config.sampler == "teacher" else student_logps
         teacher_logps, sdl_mask = torch.zeros_like(mask), torch.zeros_like(mask)
-        skilled = torch.tensor([coef > 0 and bool(text) for text in texts], device=device)[rollout.group]  # [N], h
-        readers = skilled.nonzero().squeeze(1)
-        if len(readers):
-            source, prompts = rollout[readers], [read[g] for g in rollout.group[readers].tolist()]
-            seen = under_prompts(source, prompts, tokenizer.pad_token_id)
-            teacher_logps[readers], sdl_mask[readers] = score_within(teacher, seen, source, limit, config.temperature)
-            require(teacher_logps.isfinite().all(), "the teacher's log-probs are not finite: lower --lr")
+        skills = [texts[g] if is_read else "" for g in rollout.group.tolist()]  # N
+        h = torch.tensor([distils and bool(text) for text in texts], device=device)[rollout.group]  # [N]
+        skilled = h.nonzero().squeeze(1)
+        if len(skilled):
+            source = rollout[skilled]
+            prompts = [with_skill(rollout.examples[i].prompt, skills[i]) for i in skilled.tolist()]
+            behind = under_prompts(source, list(map(ids, prompts)), pad)
+            teacher_logps[skilled], sdl_mask[skilled] = score_within(teacher, behind, source, limit, config.temperature)
+            require(teacher_logps.isfinite().all(), f"step {step}: the teacher is not finite; begin with a lower --lr")
+            if config.est == "full":  # the teacher goes no further than the last token that its context holds
+                held = carry(sdl_mask[skilled], source, behind)
+                behind = replace(behind, loss_mask=held, attention_mask=(held.flip(1).cumsum(1).flip(1) > 0).float())
         clock.append(time.perf_counter())
 
         # --- weigh
         advantages = group_advantages(rollout.reward, rollout.group)  # [N]
-        gap = (behaviour_logps - teacher_logps) * sdl_mask
-        sdl_mask, n_read = largest_gaps(gap, sdl_mask, config.top_frac), sdl_mask.sum().clamp(min=1)
+        gap, n_scored = (student_logps - teacher_logps) * sdl_mask, sdl_mask.sum().clamp(min=1)
 
         # --- update
         stats, metrics = Stats(), rollout_metrics(rollout, reward, task)
@@ -292,25 +286,29 @@ def main(config: Config) -> None:
             c_sdl = c if config.sdl_agg == "token" else 1 / len(part)
             for rows in micro_batches(rollout[part], limit):
                 at = part[rows]
-                batch, m = rollout[at], mask[at]
+                batch, m, on = rollout[at], mask[at], sdl_mask[at]
                 hidden = sampled_hidden(policy, batch)
                 logps, entropy = token_logps(policy, batch, config.temperature, hidden=hidden)
                 old = logps.detach() if old_logps is None else old_logps[at]
                 grpo = (policy_token_loss(logps, old, advantages[at], m, config) * m * c).sum()
                 loss, sdl = config.adv_grpo * grpo, torch.zeros_like(grpo)
-                if skilled[at].any():
+                if on.any():
                     if config.est == "full":
-                        shown, on = seen[torch.searchsorted(readers, at[skilled[at]])], skilled[at][:, None] & m.bool()
-                        token_loss = full_divergence(policy, hidden, teacher, shown, on, m, config.temperature)
+                        theirs = behind[torch.searchsorted(skilled, at[h[at]])]
+                        token_loss = full_divergence(policy, hidden, teacher, theirs, m, on, config.temperature)
                     else:
-                        token_loss = sdl_token_loss(logps, old, teacher_logps[at], sdl_mask[at], config)
-                    sdl = (token_loss * sdl_mask[at] * c_sdl).sum()
-                    loss = loss + coef * sdl  # Eq. 4
+                        token_loss = sdl_token_loss(logps, old, teacher_logps[at], on, config)
+                    sdl = (token_loss * on * c_sdl).sum()
+                    loss = loss + config.sdl_coef * sdl  # Eq. 4
                 if learns:
                     loss.backward()
                 for name, value in (("total", loss), ("grpo", grpo), ("sdl", sdl)):
                     stats.add(f"loss/{name}", value / config.minibatches)
-                stats.tokens(m, {"train/entropy": entropy, "policy/kl_old": old - logps})
+                drift, ratio, a = {"policy/kl_old": old - logps}, ((logps - old) * m).exp(), advantages[at][:, None]
+                if moves:
+                    drift["policy/clip_low"] = ((a < 0) & (ratio < 1 - config.eps_lo)).float()
+                    drift["policy/clip_high"] = ((a > 0) & (ratio > 1 + config.eps_hi)).float()
+                stats.tokens(m, {"train/entropy": entropy, **drift})
                 stats.engine(m, old, behaviour_logps[at])
             metrics |= optimizer.step(step)
         if config.teacher_sync == "ema":
@@ -320,25 +318,29 @@ def main(config: Config) -> None:
 
         # --- remember, for later steps only
         for g, (i, bank) in enumerate(zip(chosen, banks, strict=True)):
-            got = rollout.reward[rollout.group == g].nan_to_num(0)
-            if i is not None:
-                bank[i] |= {"n": bank[i]["n"] + 1, "reward_sum": bank[i]["reward_sum"] + got.mean().item()}
-            if (got == CORRECT).any():
-                state["solved"].setdefault(text_of(problems[g]), step)
-        best = best_rows(rollout) if config.skill != "none" else []
-        summaries = summarise(rollout, best, task, writer, brief, (config.seed, step, 1))
-        for i, bank, summary in zip(best, banks, summaries, strict=False):
+            rewards = rollout.reward[(rollout.group == g) & ~rollout.reward.isnan()]
+            if i is not None and len(rewards):
+                bank[i] |= {"n": bank[i]["n"] + 1, "reward_sum": bank[i]["reward_sum"] + rewards.mean().item()}
+            if (played.reward[rollout.group == g] == CORRECT).any():
+                state["solved"].setdefault((text_of(problems[g]), problems[g].answer), step)
+        best, n_new = best_rows(played) if config.skill != "none" else [], 0
+        summaries = summarise(played, best, task, writer, brief, (config.seed, step, 1))
+        for i, bank, summary in zip(best, banks, summaries, strict=False):  # without --skill: no best
             text = skill_text(summary, config.skill, task) if summary else ""
-            keep(bank, text, rollout.reward[i].item(), config.bank_size)
+            n_new += keep(bank, text, played.reward[i].item(), config.bank_size)
+        state["bank"] = {name: bank for name, bank in state["bank"].items() if bank}
+        state["chosen"] += sum(map(bool, texts))
+        if step == 20 and not state["chosen"] and config.skill != "none":
+            run.console.print("20 steps and no task with a skill has returned: this is GRPO; take fewer tasks")
 
         # --- log, evaluate and save
-        metrics |= {"teacher/kl": (gap.sum() / n_read).item(), "teacher/kl_abs": (gap.abs().sum() / n_read).item()}
+        metrics |= {"teacher/kl": (gap.sum() / n_scored).item(), "teacher/kl_abs": (gap.abs().sum() / n_scored).item()}
         metrics |= {"skill/told": sum(map(bool, texts)) / len(texts), "skill/ever_solved": len(state["solved"])}
-        metrics |= {"skill/bank": sum(map(len, state["bank"].values())), "skill/new": sum(map(bool, summaries))}
+        metrics |= {"skill/bank": sum(map(len, state["bank"].values())), "skill/new": n_new}
         metrics |= stats.metrics() | resources(clock, rollout)
         if run.due(step, config.eval_every):
             metrics |= examine(step)
-        run.log(step, metrics, rollout, {"gap": gap, "advantage": advantages[:, None] * mask})
+        run.log(step, metrics, rollout, {"gap": gap, "advantage": advantages[:, None] * mask, "skill": skills})
         if run.due(step, config.save_every):
             run.save(step, **parts)
     run.finish(policy, tokenizer, compare=("grpo-sokoban", "skill-sd"))

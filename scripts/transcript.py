@@ -81,6 +81,9 @@ def main(config: Config) -> None:
     about += f"; ended by: {row['episode']['ending']}" if turns else ""
     console, body = Console(highlight=False), []
     console.print(f"{title}\n{about}", style="bold")
+    if row.get("skill"):
+        console.print(Text(f"skill: {row['skill']}", "dim"))
+        body.append(f'<pre class="said">skill: {html.escape(row["skill"])}</pre>')
     for turn, tokens in segments(row, texts, signal):
         line = Text()
         if turn < 0:

@@ -132,7 +132,9 @@ FLAGS = {
     "ratio nan": ("uni_opd", {"balance-ratio": "nan"}, ["--balance-ratio"]),
     "group of one, skill": ("skill_sd", {"group-size": 1}, ["--group-size"]),
     "temperature 0, skill": ("skill_sd", {"temperature": 0}, ["--temperature"]),
-    "an average of adapters": ("skill_sd", {"lora-rank": 4}, ["--teacher-sync", "--lora-rank"]),
+    "an average of adapters": ("skill_sd", {"lora-rank": 4}, ["--teacher-sync live or frozen", "--lora-rank"]),
+    "no loss": ("skill_sd", {"adv-grpo": 0, "sdl-coef": 0}, ["--adv-grpo 0", "--sdl-coef 0"]),
+    "no loss, student": ("skill_sd", {"adv-grpo": 0, "skill-to": "student"}, ["--adv-grpo 0", "--skill-to student"]),
     "a teacher that moves": ("skill_sd", {"est": "full", "teacher-sync": "live", "minibatches": 2}, ["--est"]),
     "no rules": ("skill_sd", {"task": "chain"}, ["chain", "--summarizer"]),
     "no episodes": ("skill_sd", {"task": "addition"}, ["--environment", "calculator"]),
@@ -191,7 +193,7 @@ OWN = {
         "max-turns": 0,
         "max-seconds": -1,
     },
-    "skill_sd": {"ema": 2, "top-frac": 0, "bank-size": 0, "minibatches": 0, "max-turns": 0, "sdl-coef": -1, "ucb": -1},
+    "skill_sd": {"ema": 2, "bank-size": 0, "minibatches": 0, "max-turns": 0, "sdl-coef": -1, "ucb": -1},
 }
 TOPK = {"top-k", "divergence-temperature"}
 for _method, _own in OWN.items():

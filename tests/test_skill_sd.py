@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,19 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.common.environments.episodes import Episode, Episodes, Turn
-from posttrain.common.environments.summaries import best_rows, parse_summary, skill_text, summarise
-from posttrain.common.models import load_model, load_tokenizer
+from posttrain.common.environments.summaries import (
+    best_rows,
+    fit_skill,
+    parse_summary,
+    room,
+    skill_text,
+    summarise,
+    with_skill,
+)
+from posttrain.common.families.sokoban import without_oldest
+from posttrain.common.models import TINY, load_model, load_tokenizer
 from posttrain.common.rollout import HFEngine, Sampling, assemble, encode, under_prompts
-from posttrain.common.scoring import score, score_within
+from posttrain.common.scoring import carry, score, score_within
 from posttrain.common.tasks import Example, make_task
 from posttrain.methods import grpo, skill_sd
 from posttrain.methods.skill_sd import (
@@ -21,10 +33,8 @@ from posttrain.methods.skill_sd import (
     full_divergence,
     group_advantages,
     keep,
-    largest_gaps,
     policy_token_loss,
     sdl_token_loss,
-    with_skill,
 )
 
 LN2 = math.log(2)
@@ -178,22 +188,6 @@ def test_clamps_bound_the_loss_where_a_log_ratio_explodes():
     assert value.item() == pytest.approx(math.exp(10) * (math.exp(20) - 1 - 30)) and grad.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        ({"ell_clip": 1.0}, [2 * (math.exp(1) - 2), 0.5 * math.exp(-1)]),
-        ({"rho_max": 1.5}, [1.5 * (math.exp(2) - 3), 0.5 * (math.exp(-3) + 2)]),
-        ({"tok_cap": 1.0}, [1.0, 1.0]),
-        ({"ell_clip": 1.0, "rho_max": 1.5, "tok_cap": 1.05}, [1.05, 0.5 * math.exp(-1)]),
-    ],
-)
-def test_caps_by_hand(flags, expected):
-    ell, rho = f64([[-2.0, 3.0]]), f64([[2.0, 0.5]])
-    logps = f64([[-4.0, -1.0]])
-    found = sdl_token_loss(logps, logps - rho.log(), logps - ell, torch.ones(1, 2), Config(**flags))
-    assert found.tolist()[0] == pytest.approx(expected)
-
-
 def test_values_where_the_mask_is_0_change_nothing():
     logps, old, teacher, mask, h = batch(0)
     on = mask * h[:, None]
@@ -209,11 +203,13 @@ def test_values_where_the_mask_is_0_change_nothing():
         assert torch.equal(found[0], value) and torch.equal(found[1], slope)
 
 
-def test_inputs_are_left_alone_and_constants_get_no_gradient():
-    parts = [x.clone().requires_grad_() for x in batch(0)[:3]]
-    before = [x.detach().clone() for x in parts]
-    sdl_token_loss(*(x.detach() for x in parts), batch(0)[3], Config())
-    assert all(torch.equal(a, b.detach()) for a, b in zip(before, parts, strict=True))
+@pytest.mark.parametrize("est", ["iw_k3", "k3", "iw_k3_detached", "pg"])
+def test_inputs_are_left_alone(est):
+    parts = batch(0)
+    before = [x.clone() for x in parts]
+    sdl_token_loss(*parts[:4], Config(est=est))
+    policy_token_loss(parts[0], parts[1], parts[4], parts[3], Config())
+    assert all(torch.equal(a, b) for a, b in zip(before, parts, strict=True))
 
 
 # --- invariant 4: what the estimators estimate, by exact expectation over a vocabulary of 4
@@ -275,18 +271,6 @@ def test_the_detached_weight_is_the_forward_kl_off_policy_too(seed):
     torch.testing.assert_close(grad, forward, atol=1e-12, rtol=0)
 
 
-# --- the fraction of largest gaps
-
-
-def test_largest_gaps_keep_their_fraction_of_masked_tokens():
-    ell = f64([[5.0, -4.0, 3.0, 0.0], [-2.0, 1.0, 99.0, 0.5]])
-    mask = f64([[1, 1, 1, 0], [1, 1, 0, 1]])
-    assert largest_gaps(ell, mask, 0.34).tolist() == [[1, 1, 0, 0], [0, 0, 0, 0]]
-    assert largest_gaps(ell, mask, 0.5).tolist() == [[1, 1, 1, 0], [0, 0, 0, 0]]
-    assert torch.equal(largest_gaps(ell, mask, 1.0), mask)
-    assert largest_gaps(ell, torch.zeros(2, 4), 0.1).sum() == 0
-
-
 # --- invariant 8, and the bank
 
 
@@ -334,13 +318,29 @@ def test_the_bank_keeps_the_newest_without_duplicates_or_empty_skills():
 # --- prompts and summaries
 
 
-def test_the_skill_stands_once_before_the_task():
+def test_the_skill_stands_once_before_the_task_in_a_message_that_is_there():
     user = [{"role": "user", "content": "go"}]
     assert with_skill(user, "") == user
-    assert with_skill(user, "S") == [{"role": "system", "content": "S"}, *user]
+    assert with_skill(user, "S ") == [{"role": "user", "content": "S go"}]
     system = [{"role": "system", "content": "rules"}, *user]
-    assert with_skill(system, "S") == [{"role": "system", "content": "S\n\nrules"}, *user]
-    assert system[0]["content"] == "rules" and with_skill(system, "") == system
+    assert with_skill(system, "S ") == [{"role": "system", "content": "S rules"}, *user]
+    assert system[0]["content"] == "rules" and with_skill(system, "") == system and user[0]["content"] == "go"
+    shown = [{"role": "assistant", "content": "hello"}, *user, *user]
+    assert with_skill(shown, "S ") == [shown[0], {"role": "user", "content": "S go"}, *user]
+    tokenizer = load_tokenizer("sokoban-student")  # the tokens of a skill in a system message, as in pretraining
+    behind = [{"role": "system", "content": "[aB>+]"}, {"role": "user", "content": "?mbG"}]
+    assert encode(tokenizer, behind) == encode(tokenizer, with_skill([{"role": "user", "content": "?mbG"}], "[aB>+]"))
+
+
+def test_a_skill_that_does_not_fit_loses_its_oldest_entries_or_is_left_out():
+    task, tokenizer = make_task("sokoban"), load_tokenizer("sokoban-student")
+    prompt, text = [{"role": "user", "content": "?mbG"}], "[aB>+cD<-eF^+]"  # 4 + 14 tokens
+    fitted = {most: fit_skill(text, prompt, most, tokenizer, task)[0] for most in (math.inf, 18, 17, 14, 13, 9, 3)}
+    assert list(fitted.values()) == [text, text, "[cD<-eF^+]", "[cD<-eF^+]", "[eF^+]", "", ""]
+    assert fit_skill(text, prompt, 17, tokenizer, task)[1] == with_skill(prompt, "[cD<-eF^+]")
+    assert fit_skill(text, prompt, 17, tokenizer, object()) == ("", prompt)  # no entries: all of it
+    assert fit_skill(text, prompt, 18, tokenizer, object()) == (text, with_skill(prompt, text))
+    assert without_oldest("[eF^+]") == "" == without_oldest("")
 
 
 SUMMARY = {"success_analysis": "up is free", "mistake_analysis": "left is a trap", "golden_workflow": "up, right"}
@@ -365,6 +365,24 @@ def test_summaries_with_quotes_lines_and_missing_parts():
     assert found == {"success_analysis": "", "mistake_analysis": "", "golden_workflow": 'say "up"\nthen stop'}
 
 
+@pytest.mark.parametrize(
+    ("text", "workflow"),
+    [
+        ('{"golden_workflow": "up, ri', "up, ri"),
+        (r'{"golden_workflow": "up' + "\\", "up"),  # cut in an escape
+        (r'{"golden_workflow": "up \u00e', r"up \u00e"),
+        (r'{"golden_workflow": "up \u00e9\t\\ \"now\"", "x": 1}', 'up é\t\\ "now"'),
+        (r'{"golden_workflow": "it\'s C:\dir"}', r"it\'s C:\dir"),  # no escapes of JSON
+        (r'{"golden_workflow": "up \ud83d', "up"),  # half an emoji
+        ('{"golden_workflow": "up"} {"golden_workflow": "', "up"),
+        ('{"golden_workflow": "up\nright"}', "up\nright"),
+    ],
+)
+def test_cut_summaries_and_escapes(text, workflow):
+    found = parse_summary(text)["golden_workflow"]
+    assert found == workflow and found.encode()
+
+
 @pytest.mark.parametrize("text", ["", "up", "{}", "[1]", '{"golden_workflow": ""}', '{"a": "b"}', "{" * 5000,
                                   '{"success_analysis": "...", "golden_workflow": "..."}'])  # fmt: skip
 def test_no_summary_is_none(text):
@@ -373,9 +391,9 @@ def test_no_summary_is_none(text):
 
 def test_which_parts_of_a_summary_are_kept():
     bare = object()
-    assert skill_text(SUMMARY, "both", bare).splitlines() == [
-        "success analysis: up is free", "mistake analysis: left is a trap", "golden workflow: up, right"]  # fmt: skip
-    assert skill_text(SUMMARY, "mistakes", bare) == "mistake analysis: left is a trap"
+    parts = ["success analysis: up is free", "mistake analysis: left is a trap", "golden workflow: up, right", ""]
+    assert skill_text(SUMMARY, "both", bare).split("\n\n") == parts
+    assert skill_text(SUMMARY, "mistakes", bare) == "mistake analysis: left is a trap\n\n"
     assert "trap" not in skill_text(SUMMARY, "workflow", bare) and skill_text(SUMMARY, "none", bare) == ""
     task = make_task("sokoban")
     compact = {**SUMMARY, "golden_workflow": "aB>+", "mistake_analysis": "cD<-"}
@@ -395,6 +413,12 @@ def test_the_best_row_of_a_group_has_the_highest_reward_then_fewest_turns():
     assert best_rows(rollout) == [2, 3, 5]
 
 
+def test_a_row_without_a_reward_is_chosen_last():
+    nan = math.nan
+    rollout = graded([nan, 0.0, 1.0, nan, nan, nan], [1, 9, 1, 1, 3, 2], [0, 0, 1, 1, 2, 2])
+    assert best_rows(rollout) == [1, 2, 5]
+
+
 def test_a_failed_episode_never_makes_a_workflow():
     class Told:
         def summarise(self, example, episode):
@@ -405,19 +429,43 @@ def test_a_failed_episode_never_makes_a_workflow():
     assert won == SUMMARY and lost == {**SUMMARY, "success_analysis": "", "golden_workflow": ""}
 
 
-def test_a_model_that_sums_up_reads_task_attempt_and_reward():
-    class Writer:
-        def generate(self, asked, n, sampling, key):
-            self.asked = [example.prompt[0]["content"] for example in asked]
-            texts = ["nothing", '{"golden_workflow": "up", "mistake_analysis": "down"}']
-            return type("Answer", (), {"texts": texts})
+class Writer:
+    """A model that answers what it is told to, with so many positions."""
 
-    rollout, writer = graded([1.0, 0.0], [1, 1], [0, 1]), Writer()
+    tokenizer = load_tokenizer("sokoban-student")
+
+    def __init__(self, positions, texts):
+        self.model = torch.nn.Module()
+        self.model.config = Qwen3Config(max_position_embeddings=positions)
+        self.texts, self.asked = texts, []
+
+    def generate(self, asked, n, sampling, key):
+        self.asked = [example.prompt[0]["content"] for example in asked]
+        assert all(len(encode(self.tokenizer, e.prompt)) + sampling.max_new_tokens <= room(self, 0) for e in asked)
+        return type("Answer", (), {"texts": self.texts[: len(asked)]})
+
+
+def test_a_model_that_sums_up_reads_task_attempt_and_reward_and_begins_with_the_workflow():
+    rollout = graded([1.0, 0.0], [1, 1], [0, 1])
+    writer = Writer(4096, ["nothing", '{"golden_workflow": "up", "mistake_analysis": "down"}'])
     rollout.texts = ["my first try", "my second try"]
     first, second = summarise(rollout, [0, 1], None, writer, Sampling(), (0,))
     assert first is None and second["golden_workflow"] == "" and second["mistake_analysis"] == "down"
-    assert "my first try" in writer.asked[0] and "1.00" in writer.asked[0] and "golden_workflow" in writer.asked[0]
-    assert "my second try" in writer.asked[1] and "0.00" in writer.asked[1]
+    assert "my first try" in writer.asked[0] and "1.00" in writer.asked[0] and "my second try" in writer.asked[1]
+    assert "0.00" in writer.asked[1] and len({writer.asked[0].index(part) for part in SUMMARY}) == 3
+    assert min(SUMMARY, key=writer.asked[0].index) == "golden_workflow"
+
+
+def test_a_summary_of_an_attempt_that_is_too_long_is_of_its_end_and_of_none_if_the_task_is():
+    rollout = graded([1.0, 1.0, 1.0], [1, 1, 1], [0, 1, 2])
+    rollout.texts = ["x" * 300 + "the end", "short", "short"]
+    rollout.examples[2] = Example([{"role": "user", "content": "t" * 500}], "")
+    answer = '{"golden_workflow": "%s"}'
+    writer = Writer(300, [answer % "a", answer % "b"])
+    found = summarise(rollout, [0, 1, 2], None, writer, Sampling(1.0, 40), (0,))
+    assert [s and s["golden_workflow"] for s in found] == ["a", "b", None]
+    assert "xxthe end\nReward" in writer.asked[0] and "x" * 300 not in writer.asked[0] and len(writer.asked) == 2
+    assert len(encode(writer.tokenizer, [{"content": writer.asked[0]}])) == 260  # as much as fits
 
 
 # --- the teacher's view
@@ -484,12 +532,14 @@ def test_full_divergence_is_the_reverse_kl_at_the_chosen_tokens(played):
     prompts = [encode(tokenizer, with_skill(e.prompt, task.skill_text(task.oracle(e)))) for e in rollout.examples]
     seen = under_prompts(rollout, prompts, tokenizer.pad_token_id)
     chosen = torch.tensor([1, 4, 5])
-    on = torch.zeros_like(rollout.loss_mask).index_fill(0, chosen, 1).bool() & rollout.loss_mask.bool()
+    on = torch.zeros_like(rollout.loss_mask).index_fill(0, chosen, 1) * rollout.loss_mask
+    on = on * (torch.rand(on.shape, generator=torch.Generator().manual_seed(0)) < 0.6)  # as if the rest did not fit
+    seen.loss_mask = carry(on, rollout, seen)
     hidden = skill_sd.sampled_hidden(model, rollout)
-    found = full_divergence(model, hidden, model, seen[chosen], on, rollout.loss_mask, 0.7)
-    assert (found[~on] == 0).all()
+    found = full_divergence(model, hidden, model, seen[chosen], rollout.loss_mask, on, 0.7)
+    assert (found[on == 0] == 0).all() and 0 < on.sum() < rollout.loss_mask[chosen].sum()
     for i in chosen.tolist():
-        for t in rollout.loss_mask[i].nonzero().squeeze(1).tolist():
+        for t in on[i].nonzero().squeeze(1).tolist():
             plain_length = len(encode(tokenizer, rollout.examples[i].prompt))
             ids = prompts[i] + rollout.tokens[i, plain_length:t].tolist()
             with torch.no_grad():
@@ -604,18 +654,6 @@ def test_the_student_never_reads_a_skill_in_training_or_evaluation(monkeypatch, 
 
 def test_a_skill_is_used_only_after_the_step_that_made_it(monkeypatch, tmp_path):
     spy = Spy(monkeypatch, tmp_path / "run", steps=6, prompts_per_step=36)
-    made, fresh, uses = set(), set(), 0
-    for event in spy.events:
-        if event == "sample":  # skills of this step are chosen before its episodes are sampled
-            continue
-        kind, text = event
-        if kind == "keep":
-            fresh.add(text)
-        elif text is not None:
-            uses += 1
-            made |= fresh
-            assert text in made
-    # by step: no skill of step j among those used in step j
     per_step, at = [], 0
     rows = [e for e in spy.events if e != "sample"]
     while at < len(rows):
@@ -631,7 +669,7 @@ def test_a_skill_is_used_only_after_the_step_that_made_it(monkeypatch, tmp_path)
     for used, kept in per_step:
         assert used <= known
         known |= kept
-    assert uses > 10 and len(per_step) >= 6
+    assert sum(len(used) for used, _ in per_step) > 10 and len(per_step) >= 6
 
 
 def test_rows_without_a_skill_carry_no_distillation_and_step_1_is_grpo(monkeypatch, tmp_path):
@@ -692,6 +730,213 @@ def test_the_bank_is_in_the_checkpoint_with_its_counts(tmp_path):
     state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["state"]
     skills = [s for bank in state["bank"].values() for s in bank]
     assert skills and any(s["n"] > 0 for s in skills) and all(0 <= s["reward_sum"] <= s["n"] for s in skills)
-    assert all(key.startswith("?") and len(key) == 4 for key in state["bank"]) and len(state["bank"]) == 36
+    known = {(e.prompt[0]["content"], e.answer) for e in make_task("sokoban").train}
+    assert set(state["bank"]) <= known and all(state["bank"].values())  # none is empty
     assert set(state["solved"]) <= set(state["bank"]) and all(1 <= step <= 8 for step in state["solved"].values())
     assert all(len(bank) <= 6 and len({s["text"] for s in bank}) == len(bank) for bank in state["bank"].values())
+
+
+# --- whole runs: mixed batches, teachers, contexts that are too small, rewards that are missing
+
+
+class Losses:
+    """What a run's losses were made of, micro-batch by micro-batch."""
+
+    def __init__(self, patch, out: Path, **given):
+        self.tokens, self.scored, self.batches = [], [], []
+        loss, within, advantages = skill_sd.sdl_token_loss, skill_sd.score_within, skill_sd.group_advantages
+
+        def token_loss(logps, old, teacher, mask, config):
+            value = loss(logps, old, teacher, mask, config)
+            self.tokens[-1].append([x.detach().clone() for x in (logps, old, teacher, mask, value)])
+            return value
+
+        def scores(*args):
+            self.scored.append(within(*args))
+            return self.scored[-1]
+
+        def weigh(reward, group, *rest):
+            self.tokens.append([])
+            self.batches.append((reward, group))
+            return advantages(reward, group, *rest)
+
+        patch.setattr(skill_sd, "sdl_token_loss", token_loss)
+        patch.setattr(skill_sd, "score_within", scores)
+        patch.setattr(skill_sd, "group_advantages", weigh)
+        skill_sd.main(Config(**{**SMALL, **given, "out": str(out)}))
+        patch.undo()
+        self.rows = metrics(out)[1:]
+
+
+@pytest.mark.parametrize("agg", ["token", "seq_sum"])
+def test_in_a_mixed_batch_only_rows_with_a_skill_count_and_the_denominator_is_all_of_them(monkeypatch, tmp_path, agg):
+    given = {"sdl_agg": agg, "steps": 4, "prompts_per_step": 24, "micro_batch_tokens": 10**6}
+    run, mixed = Losses(monkeypatch, tmp_path / "run", **given), 0
+    for row, calls, (reward, _) in zip(run.rows, run.tokens, run.batches, strict=True):
+        assert len(calls) == (row["skill/told"] > 0)
+        for logps, old, teacher, mask, _ in calls:
+            ell = torch.where(mask > 0, logps - teacher, 0).double()
+            k3 = (torch.where(mask > 0, logps - old, 0).double().exp() * ((-ell).exp() - 1 + ell)).sum().item()
+            with_skill_ = (mask.sum(1) > 0).sum().item()
+            assert with_skill_ == pytest.approx(row["skill/told"] * len(reward))
+            n = len(reward) * (row["train/length"] if agg == "token" else 1)
+            assert row["loss/sdl"] == pytest.approx(k3 / n, rel=1e-4, abs=1e-9)
+            mixed += 0 < with_skill_ < len(reward)
+    assert mixed
+
+
+def test_a_frozen_teacher_stays_as_it_was_and_q_is_fixed_across_minibatches(monkeypatch, tmp_path):
+    given = {"teacher_sync": "frozen", "minibatches": 3, "steps": 4, "prompts_per_step": 36, "lr": 1e-2}
+    start, teachers, within = load_model("sokoban-student", torch.device("cpu")).state_dict(), [], skill_sd.score_within
+
+    def watch(teacher, *rest):
+        teachers.append(teacher)
+        return within(teacher, *rest)
+
+    monkeypatch.setattr(skill_sd, "score_within", watch)
+    run = Losses(monkeypatch, tmp_path / "run", **given)
+    assert teachers and all(torch.equal(value, start[key]) for key, value in teachers[-1].state_dict().items())
+    trained = load_model(str(tmp_path / "run" / "model"), torch.device("cpu")).state_dict()
+    assert any(not torch.equal(trained[key], start[key]) for key in start)
+    assert all(row["policy/clip_low"] + row["policy/clip_high"] > 0 for row in run.rows[1:])
+
+
+def test_live_minibatches_are_scored_once_by_the_teacher_of_the_steps_start(monkeypatch, tmp_path):
+    given = {"teacher_sync": "live", "minibatches": 3, "steps": 4, "prompts_per_step": 36, "lr": 1e-2}
+    run, compared, at = Losses(monkeypatch, tmp_path / "run", **given), 0, 0
+    for calls in run.tokens:
+        if not calls:
+            continue
+        q, mask = run.scored[at]
+        at += 1
+        kept = torch.cat([teacher[m > 0] for _, _, teacher, m, _ in calls]).sort().values
+        torch.testing.assert_close(kept, q[mask > 0].sort().values, atol=0, rtol=0)
+        moved = max((logps - old)[m > 0].abs().max().item() for logps, old, _, m, _ in calls)
+        compared += moved > 1e-3  # the student did move, q did not
+    assert compared and at == len(run.scored)
+
+
+def small_context(tmp_path: Path, positions: int) -> str:
+    folder = tmp_path / f"positions-{positions}"
+    shutil.copytree(TINY / "sokoban-student", folder)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": positions}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def samples(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("positions", [40, 47, 55])  # no room for a skill, for one entry, for three
+@pytest.mark.parametrize("given", [{}, {"sampler": "teacher"}, {"skill_to": "student"}, {"est": "full"}])
+def test_skills_beyond_the_context_never_end_a_run(tmp_path, positions, given):
+    model = small_context(tmp_path, positions)
+    small = {**SMALL, "steps": 4, "prompts_per_step": 36, "eval_every": 2, "model": model}
+    skill_sd.main(Config(**small, **given, out=str(tmp_path / "run")))
+    read = {row["skill"] for row in samples(tmp_path / "run")} - {""}
+    assert all(4 + len(text) + 36 <= positions for text in read) and bool(read) == (positions > 40)
+    told = [row["skill/told"] > 0 for row in metrics(tmp_path / "run")[1:]]
+    assert any(told) == (positions > 40)
+
+
+def test_a_skill_without_entries_is_scored_as_far_as_the_context_goes(monkeypatch, tmp_path):
+    long = {"success_analysis": "", "mistake_analysis": "up" * 10, "golden_workflow": "up" * 10}
+    task = type(make_task("sokoban"))
+    monkeypatch.setattr(task, "summarise", lambda *args: dict(long))
+    start = task.__init__
+
+    def bare(self, *args, **kwargs):
+        start(self, *args, **kwargs)
+        del self.skill_text, self.shorten
+        monkeypatch.setattr(task, "oracle", lambda self, example: dict.fromkeys(long, ""), raising=False)
+
+    monkeypatch.setattr(task, "__init__", bare)
+    for est in ("iw_k3", "full"):
+        small = {**SMALL, "steps": 3, "prompts_per_step": 36, "model": small_context(tmp_path / est, 60), "est": est}
+        masks, loss = [], skill_sd.score_within
+
+        def watch(*args, masks=masks, loss=loss):
+            masks.append((args[2].loss_mask, loss(*args)))
+            return masks[-1][1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(skill_sd, "score_within", watch)
+            skill_sd.main(Config(**small, out=str(tmp_path / est / "run")))
+        assert masks and all(0 < held.sum() < whole.sum() for whole, (_, held) in masks)
+        assert all(math.isfinite(row["loss/sdl"]) for row in metrics(tmp_path / est / "run")[1:])
+
+
+def test_the_gap_of_a_playing_teacher_is_the_students_minus_the_teachers(tmp_path):
+    given = {"sampler": "teacher", "teacher_sync": "frozen", "steps": 4, "prompts_per_step": 36}
+    skill_sd.main(Config(**{**SMALL, **given, "out": str(tmp_path / "run")}))
+    rows = [row for row in metrics(tmp_path / "run")[1:] if row["skill/told"]]
+    assert rows and all(row["teacher/kl_abs"] > 0.01 for row in rows)  # o - q would be 0
+    assert all("policy/clip_high" in row for row in rows)
+
+
+def test_rows_that_the_reward_cannot_score_leave_the_credit_alone_and_solved_is_the_environments(tmp_path):
+    user = tmp_path / "mine.py"
+    user.write_text("def reward(example, text):\n    return float('nan') if len(text) % 2 else 0.25\n")
+    given = {**SMALL, "steps": 6, "prompts_per_step": 36, "save_every": 6, "reward": f"{user}:reward"}
+    skill_sd.main(Config(**given, out=str(tmp_path / "run")))
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]
+    used = [s for bank in state["bank"].values() for s in bank if s["n"]]
+    assert used and all(s["reward_sum"] == pytest.approx(0.25 * s["n"]) for s in used)
+    assert state["solved"] and any(s["reward"] == 1.0 for bank in state["bank"].values() for s in bank)
+
+
+def test_samples_tell_the_skill_and_the_transcript_shows_it(tmp_path):
+    out = tmp_path / "run"
+    given = {**SMALL, "steps": 3, "prompts_per_step": 36}
+    skill_sd.main(Config(**given, out=str(out)))
+    rows = samples(out)
+    shown = next(row for row in rows if row["skill"])
+    assert shown["skill"].startswith("[") and shown["skill"].endswith("]") and len(shown["gap"]) == len(shown["ids"])
+    script = Path(skill_sd.__file__).parents[1] / "scripts" / "transcript.py"
+    flags = ["--run", str(out), "--signal", "gap", "--kind", shown["kind"], "--step", str(shown["step"])]
+    said = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=True).stdout
+    page = (out / "transcript.html").read_text()
+    assert f"skill: {shown['skill']}" in said and "skill: " in page
+    skill_sd.main(Config(**given, skill_to="nobody", out=str(tmp_path / "blind")))
+    assert not any(row["skill"] for row in samples(tmp_path / "blind"))
+
+
+def test_tasks_that_never_return_are_named_once_and_leave_no_empty_bank(tmp_path, capsys):
+    given = {**SMALL, "steps": 22, "prompts_per_step": 2, "group_size": 2, "task": "sokoban:levels=0", "save_every": 22}
+    skill_sd.main(Config(**given, out=str(tmp_path / "run")))
+    assert capsys.readouterr().out.count("has returned") == 1
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]
+    assert len(state["bank"]) < 44 and all(state["bank"].values())
+
+
+def test_a_teacher_below_its_student_is_named_at_the_evaluation(monkeypatch, tmp_path, capsys):
+    generate = Episodes.generate
+
+    def fails(engine, examples, n, sampling, key, starts=()):
+        out = generate(engine, examples, n, sampling, key, starts)
+        if key[1] == 0 and key[2] in (3, 4):
+            out.reward = torch.full_like(out.reward, float(key[2] == 3))
+        return out
+
+    monkeypatch.setattr(Episodes, "generate", fails)
+    skill_sd.main(Config(**{**SMALL, "prompts_per_step": 36, "out": str(tmp_path / "run")}))
+    assert capsys.readouterr().out.count("the teacher does worse") == 1  # not at step 0, without skills
+
+
+def test_one_prompt_with_two_answers_has_two_banks(monkeypatch, tmp_path):
+    task = type(make_task("sokoban"))
+    draw = task.draw
+
+    def twins(self, n, *key):
+        first = draw(self, 1, 0)[0]
+        return [Example(first.prompt, answer, first.fields) for answer in (first.answer, first.answer + "^")] * (n // 2)
+
+    monkeypatch.setattr(task, "draw", twins)
+    monkeypatch.setattr(task, "summarise", lambda self, example, episode: task.oracle(self, example))
+    monkeypatch.setattr(task, "oracle", lambda self, example: {"success_analysis": "", "mistake_analysis": "aB>-",
+                                                               "golden_workflow": ""})  # fmt: skip
+    small = {**SMALL, "prompts_per_step": 2, "save_every": 3}
+    skill_sd.main(Config(**small, out=str(tmp_path / "run")))
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]
+    assert len(state["bank"]) == 2 and len({text for text, _ in state["bank"]}) == 1

@@ -133,6 +133,12 @@ def compact_skill(skill: dict[str, str]) -> str:
     return "[" + "".join(entries[-MAX_ENTRIES:]) + "]" if entries else ""
 
 
+def without_oldest(skill: str) -> str:
+    """A skill in cells without its first entry; "" if that was all."""
+    rest = ENTRY.findall(skill)[1:]
+    return "[" + "".join(rest) + "]" if rest else ""
+
+
 class Sokoban:
     def __init__(
         self,
@@ -159,7 +165,7 @@ class Sokoban:
         self.name, self.render, self.shown_skills = name, render, shown_skills
         self.size, self.boxes, self.walls, self.low, self.high, self.horizon = size, boxes, walls, low, high, horizon
         if render == "cells":
-            self.skill_text = compact_skill
+            self.skill_text, self.shorten = compact_skill, without_oldest
         self.test = list(itertools.islice(self.stream(random.Random("held out"), set()), HELDOUT))
         held = {text_of(example) for example in self.test}
         self.fresh = functools.partial(self.stream, without=held)
