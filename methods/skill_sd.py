@@ -218,8 +218,6 @@ def main(config: Config) -> None:
             metrics[f"skill/{name}_success"] = (rollout.reward == CORRECT).double().mean().item()
         rates = f"{metrics['skill/train_success']:.3f}, its teacher with skills {metrics['skill/teacher_success']:.3f}"
         run.console.print(f"  on {len(fixed)} training tasks: policy {rates}; {len(state['solved'])} solved so far")
-        if distils and any(texts) and metrics["skill/teacher_success"] < metrics["skill/train_success"]:
-            run.console.print("  warning: the teacher does worse with skills than the policy without: Eq. 3 misleads")
         return metrics
 
     done = run.restore(**parts)
