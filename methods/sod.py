@@ -20,7 +20,7 @@ Good to know
 - The cap acts on the result only: a product that is capped on its way gives other weights.
 - The paper writes the distillation as a loss, sum of w (logp - teacher_logp). Its derivative on sampled tokens is 0 in
   expectation; the log-ratio must be an advantage, as in (4) and in the released code.
-- Where the teacher stays reliable after a failure, weights below 1 only slow learning: --task chain:fault=0.
+- Whatever the teacher still knows after a failure is lost with its noise: --weighting mask_after_error is the limit.
 - Left out: the released code's stop of the teacher after a failed call, which it never uses.
 
 Run: python methods/sod.py        Expected: see the table of results in README.md.
