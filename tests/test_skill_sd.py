@@ -886,13 +886,15 @@ def test_rows_that_the_reward_cannot_score_leave_the_credit_alone_and_solved_is_
     assert state["solved"] and any(s["reward"] == 1.0 for bank in state["bank"].values() for s in bank)
 
 
-def test_samples_tell_the_skill_and_the_transcript_shows_it(tmp_path):
-    out = tmp_path / "run"
+def test_samples_tell_the_skill_and_the_transcript_shows_it(monkeypatch, tmp_path):
+    out, told = tmp_path / "run", {"success_analysis": "", "mistake_analysis": "aB>-", "golden_workflow": ""}
+    monkeypatch.setattr(type(make_task("sokoban")), "summarise", lambda *args: dict(told))
     given = {**SMALL, "steps": 3, "prompts_per_step": 36}
     skill_sd.main(Config(**given, out=str(out)))
     rows = samples(out)
-    shown = next(row for row in rows if row["skill"])
-    assert shown["skill"].startswith("[") and shown["skill"].endswith("]") and len(shown["gap"]) == len(shown["ids"])
+    assert [row["skill"] for row in rows] == [""] * 3 + ["[aB>-]"] * 6  # a skill is read from the next step on
+    shown = rows[-1]
+    assert len(shown["gap"]) == len(shown["ids"]) and any(shown["gap"])
     script = Path(skill_sd.__file__).parents[1] / "scripts" / "transcript.py"
     flags = ["--run", str(out), "--signal", "gap", "--kind", shown["kind"], "--step", str(shown["step"])]
     said = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=True).stdout
