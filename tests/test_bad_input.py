@@ -278,6 +278,7 @@ def test_a_bad_reward_is_one_line(run, code, words):
 
 # --- environments
 ENVIRONMENT = """class E:
+    turn_tokens = 2
     def reset(self, example):
         return example.prompt
     def step(self, text):

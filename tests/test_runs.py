@@ -559,7 +559,7 @@ def test_a_data_file_and_a_reasoning_gym_task_run(tmp_path):
 # --- every value of every choice
 
 # engines in test_rollout.py, wandb above and in test_bad_input.py, formats of tool calls in test_calls.py
-TESTED_ELSEWHERE = {"rollout", "wandb", "tool_format"}
+TESTED_ELSEWHERE = {"rollout", "wandb", "tool_format", "skill"}
 WITH = {  # flags under which a choice has anything to choose
     "grpo": {"adv": {"minibatches": 2}, "loss": {"minibatches": 4, "lr": 0.05},
              "ratio_level": {"minibatches": 4, "lr": 0.05}, "kl": {"beta": 0.5, "minibatches": 4, "lr": 0.05},
