@@ -912,7 +912,7 @@ def test_tasks_that_never_return_are_named_once_and_leave_no_empty_bank(tmp_path
     assert len(state["bank"]) < 44 and all(state["bank"].values())
 
 
-def test_a_teacher_below_its_student_is_named_at_the_evaluation(monkeypatch, tmp_path, capsys):
+def test_evaluations_show_the_student_beside_its_teacher_with_skills(monkeypatch, tmp_path, capsys):
     generate = Episodes.generate
 
     def fails(engine, examples, n, sampling, key, starts=()):
@@ -923,7 +923,12 @@ def test_a_teacher_below_its_student_is_named_at_the_evaluation(monkeypatch, tmp
 
     monkeypatch.setattr(Episodes, "generate", fails)
     skill_sd.main(Config(**{**SMALL, "prompts_per_step": 36, "out": str(tmp_path / "run")}))
-    assert capsys.readouterr().out.count("the teacher does worse") == 1  # not at step 0, without skills
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("policy 1.000, its teacher with skills 0.000") == 2  # before and after
+    assert [row["skill/teacher_success"] for row in metrics(tmp_path / "run") if "skill/teacher_success" in row] == [
+        0,
+        0,
+    ]
 
 
 def test_one_prompt_with_two_answers_has_two_banks(monkeypatch, tmp_path):
