@@ -89,7 +89,7 @@ class Config:
     d_floor: float = 0.0  # in place of eps in Eq. 3 (0.05 keeps later turns alive where d_1 is near 0)
     ref_step: Literal["first", "mean"] = "first"  # numerator of Eq. 3: d_1, or the mean d of all earlier turns
     opd_clip: float = 0.0  # bound of |d| in Eq. 4, nats; 0 = off
-    gate_gamma: float = 1.0  # --weighting gated: w = beta_min + (beta_max - beta_min) sigmoid(-gamma A)
+    gate_gamma: float = 1.0  # gamma of --weighting gated, w = beta_min + (beta_max - beta_min) sigmoid(-gamma A)
     beta_min: float = 0.0  # the same
     beta_max: float = 0.1  # the same
     adv_eps: float = 1e-6  # Eq. 1
