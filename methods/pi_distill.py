@@ -210,9 +210,7 @@ def hint_texts(problems: list[Example], task: Task, writer, config: Config, key:
 
 
 def check(config: Config) -> None:
-    require(
-        config.group_size > 1 or config.beta * (config.algorithm == "opsd"), "A needs a group: --group-size above 1"
-    )
+    require(config.group_size > 1 or config.beta * (config.algorithm == "opsd"), "A needs --group-size of at least 2")
     require(config.temperature * config.divergence_temperature > 0, "--temperature, --divergence-temperature: above 0")
     shares = max(config.alpha, config.ema) <= 1 and 0 < config.jsd_beta < 1 and config.eps < 1
     require(shares, "--alpha and --ema must lie in [0, 1], --jsd-beta in (0, 1), --eps below 1")

@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.common.cli import UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
-from posttrain.methods import grpo, opd, scope_opd, skill_sd, uni_opd
+from posttrain.methods import grpo, opd, pi_distill, scope_opd, skill_sd, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd}
+METHODS |= {"pi_distill": pi_distill}
 EPISODES = {"skill_sd"}  # methods whose default plays episodes
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
@@ -45,6 +46,8 @@ KINDS = {
     "scope_opd": ("scope_opd", {}),
     "uni_opd": ("uni_opd", {}),
     "skill_sd": ("skill_sd", {}),
+    "pi_distill": ("pi_distill", {}),
+    "pi_distill, ema": ("pi_distill", {"algorithm": "opsd", "opsd-teacher": "ema", "epochs": 2}),
 }
 TABLE = {  # style.md, Metrics
     "train/reward", "train/accuracy", "train/zero_signal", "train/length", "train/truncated", "train/entropy",
@@ -65,6 +68,7 @@ OWN = {
         "skill/bank",
         "skill/ever_solved",
     },
+    "pi_distill": {"loss/student", "loss/kl", "pi/alpha", "pi/kl", "pi/penalty", "pi/hinted", "pi/live"},
 }
 EVAL = {"eval/accuracy", "eval/pass_at_k"}
 
@@ -372,6 +376,8 @@ RESUMED = {
     "uni_opd minibatches, mask": ("uni_opd", {"minibatches": 2, "margin": "mask", "online-balance": "global"}),
     "skill_sd live, minibatches": ("skill_sd", {**MANY, "teacher-sync": "live", "minibatches": 2, "est": "pg"}),
     "skill_sd ema, full": ("skill_sd", {**MANY, "ema": 0.5, "est": "full", "warmdown": 4}),
+    "pi_distill lora, base, sft": ("pi_distill", {"lora-rank": 4, "reference": "base", "sft-steps": 2, "epochs": 2}),
+    "pi_distill own hints": ("pi_distill", {"hint": "self", "alpha-anneal": 2, "kl-est": "rb"}),
     "opd data, cold start": ("opd", {"lmbda": 0.5, "est": "full", "off-policy": "data", "cold-start-steps": 2}),
 }
 
@@ -425,6 +431,8 @@ ACCUMULATED = [
     ("scope_opd", {}), ("scope_opd", {"objective": "repo"}), ("scope_opd", {"kl": "topk", "reduction": "token_mean"}),
     ("skill_sd", MANY), ("skill_sd", {**MANY, "est": "full", "teacher-sync": "live"}),
     ("skill_sd", {**MANY, "est": "k3", "sdl-agg": "seq_sum", "minibatches": 2, "top-frac": 0.3}),
+    ("pi_distill", {"alpha-anneal": 0}), ("pi_distill", {"alpha": 0.0, "agg": "seq", "kl-est": "rb", "epochs": 2}),
+    ("pi_distill", {"algorithm": "opsd", "divergence": "jsd", "top-k": 9, "opsd-teacher": "frozen", "agg": "const"}),
     ("uni_opd", {}), ("uni_opd", {"denominator": "kept", "domain-weights": "2,1", "minibatches": 2}),
 ]  # fmt: skip
 
@@ -469,7 +477,7 @@ def test_wandb_offline_stays_inside_the_run_folder(folder):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_lora_saves_a_merged_model(method, tmp_path):
-    more = {**MANY, "teacher-sync": "live"} if method == "skill_sd" else {}
+    more = {"skill_sd": {**MANY, "teacher-sync": "live"}, "pi_distill": {"alpha-anneal": 0}}.get(method, {})
     out = here(method, tmp_path / "run", **{"lora-rank": 4, "lr": 1e-2, **more})
     saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["policy"]
     assert saved and all(".lora_" in key for key in saved)
@@ -568,6 +576,9 @@ WITH = {  # flags under which a choice has anything to choose
                  for name in ("sdl_agg", "teacher_sync", "skill", "sampler", "dtype", "preset")}
     | {"skill_to": {"prompts_per_step": 36, "sdl_coef": 0.0},
        "est": {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0, "minibatches": 2}},
+    "pi_distill": {"opsd_kl": {"algorithm": "opsd"}, "divergence": {"algorithm": "opsd"}, "agg": {"temperature": 3.0},
+                   "opsd_teacher": {"algorithm": "opsd", "lr": 0.01}, "student_denom": {"epochs": 2, "alpha_anneal": 0},
+                   "reference": {"lr": 0.01, "alpha_anneal": 0}, "student_kl": {"alpha_anneal": 0}},
 }  # fmt: skip
 
 
@@ -658,6 +669,12 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("skill_sd", {"summarizer": "self", "summary_tokens": 40}), ("skill_sd", {"summarizer": "addition-student"}),
     ("skill_sd", {"task": "chain", "summarizer": "self", "summary_tokens": 8}),
     ("skill_sd", {"reward": "random", "prompts_per_step": 1}), ("skill_sd", {"adv_grpo": 0.0, "sampler": "teacher"}),
+    ("pi_distill", {"alpha": 1.0, "beta": 0.0}), ("pi_distill", {"alpha": 0.0, "student_kl": "none"}),
+    ("pi_distill", {"max_new_tokens": 1}), ("pi_distill", {"task": "addition", "max_new_tokens": 20, "hint": "sparse"}),
+    ("pi_distill", {"algorithm": "opsd", "group_size": 1}), ("pi_distill", {"group_size": 1}),
+    ("pi_distill", {"lora_rank": 4, "dtype": "bfloat16", "reference": "base"}), ("pi_distill", {"drop_flat": True}),
+    ("pi_distill", {"algorithm": "opsd", "opsd_teacher": "ema", "dtype": "bfloat16"}), ("pi_distill", {"hint": "none"}),
+    ("pi_distill", {"task": "reasoning_gym:chain_sum,max_terms=2", "hint": "self"}), ("pi_distill", {"sft_steps": 2}),
     ("uni_opd", {"group_size": 1}), ("uni_opd", {"balance_ratio": 0.0}), ("uni_opd", {"margin_delta": -math.inf}),
     ("uni_opd", {"balance_ratio": math.inf, "denominator": "kept"}), ("uni_opd", {"max_new_tokens": 1}),
     ("uni_opd", {"teacher": "arithmetic-add-teacher", "routing": "average"}), ("uni_opd", {"task_coef": 1.0}),
