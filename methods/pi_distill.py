@@ -20,7 +20,8 @@ Good to know
   T: -E_T[(S/T) (-beta) (t - s) grad s] = -beta grad KL(S||T) in the loss. The main text's J_S, our default, pulls.
 - KL(T||S) in a reward (--kl-est rb) has no gradient on the token that it measures: it depends on the prefix only.
 - alpha 0 is not OPSD: T writes. alpha 1 trains T alone, which is all that beta then keeps near S.
-- Left out: penalties on length and on leaks of the hint (a --reward of one's own), and top-p of the relatives.
+- Left out: episodes of several turns (the sums over m hold for them), penalties on length and on leaks of the hint (a
+  --reward of one's own), and top-p of the relatives.
 
 Run: python methods/pi_distill.py        Expected: see the table of results in README.md.
 """
@@ -99,27 +100,21 @@ class Config:
     require_hint: bool = False  # leave problems without a hint out of the step; else T = S there
     kl_est: Literal["k1", "rb"] = "k1"  # K of Eq. 1: of the sampled token, or over the vocabulary
     kl_agg: Literal["mean", "sum"] = "mean"  # K of Eq. 1 over the tokens (paper: sum)
-    reference: Literal["student", "base"] = (
-        "student"  # S in Eq. 1: as it is, or as it was at first (worse, says the paper)
-    )
+    reference: Literal["student", "base"] = "student"  # S in Eq. 1: as it is, or as it was at first (worse)
     student_kl: Literal["direct", "shared", "none"] = "direct"  # Eq. 4; shared: A_S = A (paper's code), none: no KL
     student_denom: Literal["current", "behavior"] = "current"  # Eq. 4: sg t, or t_old
     opsd_kl: Literal["direct", "reward", "sampled"] = "direct"  # Eq. 6, in R as in Eq. 1, or s - t as token advantage
     opsd_teacher: Literal["current", "frozen", "ema"] = "current"  # weights of T in Eq. 6
     ema: float = 0.05  # teacher <- ema student + (1 - ema) teacher, each step
     adv_coef: float = 1.0  # weight of Eq. 6's first term; 0 = distillation alone
-    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = (
-        "reverse_kl"  # Eq. 6's second term: KL(S||T), KL(T||S), jsd
-    )
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # Eq. 6: KL(S||T), KL(T||S), jsd
     jsd_beta: float = 0.5  # b of b KL(T||M) + (1 - b) KL(S||M), M = b T + (1 - b) S
     divergence_temperature: float = 1.0  # of both in the divergence, on top of --temperature (Zhao: 1.1)
     top_k: int = 0  # divergence over the student's so many likeliest tokens and a bucket (SDPO: 100); 0 = all
     ratio_cap: float = 0.0  # weigh the divergence by min(exp(s - s_old), cap) (SDPO: 2); 0 = off
     eps: float = 0.2  # clip
     epochs: int = 1  # optimizer steps on each batch (paper: 3, 2)
-    agg: Literal["token", "seq", "const"] = (
-        "token"  # 1/N: over the batch's tokens, rows' means, or B L_max (verl branch)
-    )
+    agg: Literal["token", "seq", "const"] = "token"  # mean of tokens, of rows' means, over B L_max (verl)
     drop_flat: bool = False  # groups whose A are all 0 leave the step, KL and N included (paper)
     sft_steps: int = 0  # first steps: imitate the correct among T's responses; then as the other flags say
 
