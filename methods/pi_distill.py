@@ -209,6 +209,7 @@ def check(config: Config) -> None:
     require(config.temperature * config.divergence_temperature > 0, "--temperature, --divergence-temperature: above 0")
     shares = max(config.alpha, config.ema) <= 1 and 0 < config.jsd_beta < 1 and config.eps < 1
     require(shares, "--alpha and --ema must lie in [0, 1], --jsd-beta in (0, 1), --eps below 1")
+    require(config.hint != "none" or not config.require_hint, "--require-hint leaves out everything with --hint none")
     average = config.opsd_teacher == "ema" and config.lora_rank > 0
     require(not average, "--opsd-teacher ema averages full weights: it needs --lora-rank 0")
     foreign, other = (OPSD, "opsd") if config.algorithm == "pi" else (PI, "pi")
@@ -233,18 +234,16 @@ def main(config: Config) -> None:
     sampling = Sampling(tau, config.max_new_tokens)
     room = (getattr(plain(policy).config, "max_position_embeddings", None) or math.inf) - config.max_new_tokens
 
-    def tell(problems: list[Example], *key: int) -> tuple[list, list, list, list]:
-        """Problems whose hint, if required, is there and leaves room; as T reads them; also as ids; hinted or not."""
+    def tell(problems: list[Example], *key: int) -> tuple[list[Example], list[bool]]:
+        """The problems as T reads them, and whether with a hint: one that leaves no room to answer is none."""
         texts = hint_texts(problems, task, engine, config, key)
         told = [replace(e, prompt=with_hint(e.prompt, text)) for e, text in zip(problems, texts, strict=True)]
-        rows = zip(problems, told, [encode(tokenizer, e.prompt) for e in told], map(bool, texts), strict=True)
-        kept = [row for row in rows if (row[3] or not config.require_hint) and len(row[2]) <= room]
-        require(kept, "no problem of the batch has a hint that fits the model's positions: see --hint, --require-hint")
-        return tuple(map(list, zip(*kept, strict=True)))
+        hinted = [bool(text) and len(encode(tokenizer, e.prompt)) <= room for e, text in zip(told, texts, strict=True)]
+        return [b if there else a for a, b, there in zip(problems, told, hinted, strict=True)], hinted
 
     def examine(step: int) -> dict[str, float]:
         """Held-out accuracy without a hint, which is the result, and the teacher's with."""
-        metrics, told = run.evaluate(step, engine, task), tell(task.heldout(config.eval_problems), config.seed, 0, 3)[1]
+        metrics, told = run.evaluate(step, engine, task), tell(task.heldout(config.eval_problems), config.seed, 0, 3)[0]
         hinted = run.evaluate(step, teacher_engine, task, "teacher, which reads hints", told)
         metrics["pi/utility"] = hinted["eval/accuracy"] - metrics["eval/accuracy"]
         return metrics | {f"teacher/{key}": value for key, value in hinted.items()}
@@ -256,7 +255,12 @@ def main(config: Config) -> None:
     for step in run.steps(done):
         # --- sample and grade
         clock, key, sft = [time.perf_counter()], (config.seed, step, 0), step <= config.sft_steps
-        problems, _, read, hinted = tell(task.draw(config.prompts_per_step, *key), config.seed, step, 1)
+        problems = task.draw(config.prompts_per_step, *key)
+        told, hinted = tell(problems, config.seed, step, 1)
+        kept = [i for i, there in enumerate(hinted) if there or not config.require_hint]
+        require(kept, f"no problem of step {step} has a hint: raise --prompts-per-step or leave out --require-hint")
+        problems, told, hinted = ([each[i] for i in kept] for each in (problems, told, hinted))
+        read = [encode(tokenizer, example.prompt) for example in told]
         writer, starts = (teacher_engine, read) if pi or sft else (engine, ())
         rollout = writer.generate(problems, config.group_size, sampling, key, starts)
         prompts = [encode(tokenizer, example.prompt) for example in rollout.examples]

@@ -508,20 +508,27 @@ def rows_file(path, rows):
 
 def test_problems_without_a_hint_stay_as_they_are_or_are_left_out(tmp_path):
     rows = [{"prompt": f"A{i % 10}={i}", "answer": "1", "hint": "x" if i % 3 else None} for i in range(60)]
-    given = {"task": rows_file(tmp_path / "rows.jsonl", rows), "steps": 1, "hint_text": "[{hint}]"}
+    given = {
+        "task": rows_file(tmp_path / "rows.jsonl", rows),
+        "steps": 1,
+        "prompts_per_step": 20,
+        "hint_text": "[{hint}]",
+    }
     free = Spy(tmp_path / "free", **given).metrics[1]
     assert 0 < free["pi/hinted"] < 1
     kept = Spy(tmp_path / "kept", **given, require_hint=True)
     assert kept.metrics[1]["pi/hinted"] == free["pi/hinted"]
-    assert len(kept.logged[1]) == 4 * round(6 * free["pi/hinted"]) < 24
+    assert len(kept.logged[1]) == 4 * round(20 * free["pi/hinted"]) < 80
     with pytest.raises(UserError, match="--require-hint"):
         Spy(tmp_path / "none", task="lookup", hint="none", require_hint=True)
 
 
-def test_a_hint_too_long_for_the_model_leaves_its_problem_out(tmp_path):
+def test_a_hint_too_long_for_the_model_counts_as_none(tmp_path):
     rows = [{"prompt": f"A{i % 10}={i}", "answer": "1", "hint": "x" * (600 if i % 3 else 3)} for i in range(60)]
-    spy = Spy(tmp_path / "run", task=rows_file(tmp_path / "rows.jsonl", rows), steps=1)
-    assert 0 < len(spy.logged[1]) < 24
+    given = {"task": rows_file(tmp_path / "rows.jsonl", rows), "steps": 1, "prompts_per_step": 20}
+    spy = Spy(tmp_path / "run", **given)
+    assert 0 < spy.metrics[1]["pi/hinted"] < 1 and len(spy.logged[1]) == 80
+    assert 0 < len(Spy(tmp_path / "kept", **given, require_hint=True).logged[1]) < 80
 
 
 def test_presets_are_flags_of_the_config():
