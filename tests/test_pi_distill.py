@@ -250,13 +250,10 @@ class Spy:
         self.metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def first_digit(folder):
-    """A reward that leaves a signal in groups of four without hints too."""
-    folder.mkdir(exist_ok=True)
-    (folder / "first.py").write_text(
-        "def first(example, completion): return float(completion[:1] == example.answer[0])\n"
-    )
-    return f"{folder}/first.py:first"
+def even(folder):
+    """A reward that leaves a signal in groups of four without hints too: is the first digit even?"""
+    (folder / "even.py").write_text("def even(example, text): return float(text[:1] in list('02468'))\n")
+    return f"{folder}/even.py:even"
 
 
 def log_probs(model, prompt, response, tau):
@@ -293,7 +290,7 @@ def expected_gradient(spy, at):
         digits = example.answer if c.hint == "full" else f"{example.answer[0]}.{example.answer[2]}."
         told = tok((f"[{digits}]" if c.hint != "none" else "") + text_of(example))["input_ids"]
         y = rollout.tokens[i][rollout.loss_mask[i] > 0].tolist()
-        r = 2.0 * float(rollout.texts[i][:1] == example.answer[0]) - 1
+        r = 2.0 * float(rollout.texts[i][:1] in list("02468")) - 1
         with torch.no_grad():
             full_s, full_t = log_probs(base, plain, y, c.temperature), log_probs(teacher_before, told, y, c.temperature)
             s_old, t_old = (full.gather(1, torch.tensor(y)[:, None])[:, 0] for full in (full_s, full_t))
@@ -387,7 +384,7 @@ STEPS = {
 
 @pytest.mark.parametrize("given", STEPS.values(), ids=STEPS.keys())
 def test_loss_and_gradient_of_the_second_step_equal_the_float64_reference(given, tmp_path):
-    spy = Spy(tmp_path / "run", **given, reward=first_digit(tmp_path))
+    spy = Spy(tmp_path / "run", **given, reward=even(tmp_path))
     at = len(spy.grads) - 1
     expected, loss = expected_gradient(spy, at)
     norm = math.sqrt(sum(float((g**2).sum()) for g in expected))
@@ -399,7 +396,7 @@ def test_loss_and_gradient_of_the_second_step_equal_the_float64_reference(given,
 
 
 def gradients(tmp_path, name, **given):
-    return Spy(tmp_path / name, **{"steps": 1, "reward": first_digit(tmp_path), **given}).grads[0]
+    return Spy(tmp_path / name, **{"steps": 1, "reward": even(tmp_path), **given}).grads[0]
 
 
 def assert_close(a, b, factor=1.0, rtol=1e-4):
@@ -414,7 +411,7 @@ def grpo_gradients(tmp_path):
     same = {key: SMALL[key] for key in ("prompts_per_step", "group_size", "eval_problems", "eval_samples", "eval_every",
                                         "temperature", "lr")}  # fmt: skip
     given = {"model": MODEL, "task": "lookup", "max_new_tokens": 6, "steps": 1, "warmup": 0, "adv": "center"}
-    return Spy(tmp_path / "grpo", grpo, **same, **given, reward=first_digit(tmp_path)).grads[0]
+    return Spy(tmp_path / "grpo", grpo, **same, **given, reward=even(tmp_path)).grads[0]
 
 
 def test_without_a_hint_every_alpha_is_grpo(tmp_path):
