@@ -53,7 +53,7 @@ PRESETS = {
     "opsd": {"algorithm": "opsd", "beta": 0.1},
     "grpo": {"algorithm": "opsd", "beta": 0.0},  # nobody reads a hint
     "opsd_zhao": {**RELATIVE, "opsd_teacher": "frozen", "divergence_temperature": 1.1},  # 2601.18734
-    "sdpo": {**RELATIVE, "opsd_teacher": "ema", "kl_tokens": 100, "ratio_cap": 2.0},  # 2601.20802, with this hint
+    "sdpo": {**RELATIVE, "opsd_teacher": "ema", "kl_top": 100, "ratio_cap": 2.0},  # 2601.20802, with this hint
 }
 
 
@@ -110,7 +110,7 @@ class Config:
     divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"  # Eq. 6: KL(S||T), KL(T||S), jsd
     jsd_beta: float = 0.5  # b of b KL(T||M) + (1 - b) KL(S||M), M = b T + (1 - b) S
     divergence_temperature: float = 1.0  # of both in the divergence, on top of --temperature (Zhao: 1.1)
-    kl_tokens: int = 0  # divergence over the student's so many likeliest tokens and a bucket (SDPO: 100); 0 = all
+    kl_top: int = 0  # divergence over the student's so many likeliest tokens and a bucket (SDPO: 100); 0 = all
     ratio_cap: float = 0.0  # weigh the divergence by min(exp(s - s_old), cap) (SDPO: 2); 0 = off
     eps: float = 0.2  # clip
     epochs: int = 1  # optimizer steps on each batch (paper: 3, 2)
@@ -120,16 +120,7 @@ class Config:
 
 
 PI = {"alpha", "alpha_anneal", "reference", "student_kl", "student_denom"}  # flags of Eq. 1-5 only
-OPSD = {
-    "opsd_kl",
-    "opsd_teacher",
-    "adv_coef",
-    "divergence",
-    "jsd_beta",
-    "divergence_temperature",
-    "kl_tokens",
-    "ratio_cap",
-}
+OPSD = {"opsd_kl", "opsd_teacher", "adv_coef", "divergence", "jsd_beta", "kl_top", "ratio_cap"}  # of Eq. 6 only
 
 
 def group_means_off(reward: Tensor, group: Tensor) -> Tensor:
@@ -321,7 +312,7 @@ def main(config: Config) -> None:
                     token_loss = clipped_loss(s - start, student_advantages[rows], m, config.eps)
                     losses["student"] = share * ((-s if sft else token_loss) * w[rows]).sum()
                 if distils and not sft:
-                    how = ("forward_kl" if pi else config.divergence, hot, config.jsd_beta, config.kl_tokens)
+                    how = ("forward_kl" if pi else config.divergence, hot, config.jsd_beta, config.kl_top)
                     if config.opsd_kl == "sampled":
                         token_kl = (s - t).detach() * s  # of the reverse KL the gradient in expectation
                     else:

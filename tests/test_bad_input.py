@@ -180,7 +180,7 @@ OWN = {
     "opd": {"top-k": 0, "prefix-frac": 0, "divergence-temperature": 0, "beta": 2, "lmbda": -1, "ema": 2},
     "scope_opd": {"tau": 0, "teacher-temperature": -1, "top-k": 0, "recovery-probe": -1},
     "uni_opd": {"balance-ratio": -1, "mask-retain": 2, "gap-mask": -1, "eps-lo": -1, "minibatches": 0, "task-coef": -1},
-    "pi_distill": {"ema": 2, "eps": 1, "epochs": 0, "beta": -1, "kl-tokens": -1, "sft-steps": -1, "alpha-anneal": -1},
+    "pi_distill": {"ema": 2, "eps": 1, "epochs": 0, "beta": -1, "kl-top": -1, "sft-steps": -1, "alpha-anneal": -1},
     "skill_sd": {"ema": 2, "top-frac": 0, "bank-size": 0, "minibatches": 0, "max-turns": 0, "sdl-coef": -1, "ucb": -1},
 }
 TOPK = {"top-k", "divergence-temperature"}

@@ -332,8 +332,8 @@ def expected_gradient(spy, at):
                 return -(high if high < low else low)
 
             p, q = hot_s[j], hot_t[j]
-            if c.kl_tokens:  # the student's likeliest and one bucket
-                top = p.detach().topk(c.kl_tokens).indices
+            if c.kl_top:  # the student's likeliest and one bucket
+                top = p.detach().topk(c.kl_top).indices
                 rest = torch.ones(len(p), dtype=torch.bool)
                 rest[top] = False
                 p, q = (torch.cat([x[top], x[rest].logsumexp(0)[None]]) for x in (p, q))
@@ -378,7 +378,7 @@ STEPS = {
     "opsd, forward": {**OPSD, "divergence": "forward_kl"}, "opsd, imitation first": {**OPSD, "sft_steps": 1},
     "opsd, two steps": {**OPSD, "epochs": 2, "eps": 0.02, "opsd_kl": "reward"}, "grpo": {**OPSD, "beta": 0.0},
     "zhao": {**PRESETS["opsd_zhao"], "jsd_beta": 0.3},
-    "sdpo": {**PRESETS["sdpo"], "kl_tokens": 4, "epochs": 2, "ratio_cap": 1.05, "ema": 0.3},
+    "sdpo": {**PRESETS["sdpo"], "kl_top": 4, "epochs": 2, "ratio_cap": 1.05, "ema": 0.3},
 }  # fmt: skip
 
 

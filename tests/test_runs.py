@@ -432,7 +432,7 @@ ACCUMULATED = [
     ("skill_sd", MANY), ("skill_sd", {**MANY, "est": "full", "teacher-sync": "live"}),
     ("skill_sd", {**MANY, "est": "k3", "sdl-agg": "seq_sum", "minibatches": 2, "top-frac": 0.3}),
     ("pi_distill", {"alpha-anneal": 0}), ("pi_distill", {"alpha": 0.0, "agg": "seq", "kl-est": "rb", "epochs": 2}),
-    ("pi_distill", {"algorithm": "opsd", "divergence": "jsd", "kl-tokens": 9, "opsd-teacher": "frozen", "agg": "const"}),
+    ("pi_distill", {"algorithm": "opsd", "divergence": "jsd", "kl-top": 9, "opsd-teacher": "frozen", "agg": "const"}),
     ("uni_opd", {}), ("uni_opd", {"denominator": "kept", "domain-weights": "2,1", "minibatches": 2}),
 ]  # fmt: skip
 
