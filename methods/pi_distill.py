@@ -153,11 +153,11 @@ def row_weights(loss_mask: Tensor, agg: str, max_new_tokens: int) -> Tensor:
 
 
 def vocabulary_kl(student, hidden: Tensor, teacher, teacher_hidden: Tensor, kind, t, b=0.5, top_k=0) -> Tensor:
-    """Divergence at each sampled token, gradient for the student only.  [n, H], [n, H] -> [n]
+    """Divergence at each sampled token; the kernels stop the teacher's gradient.  [n, H], [n, H] -> [n]
 
     kind: forward_kl = KL(T||S), reverse_kl = KL(S||T), jsd; over the student's top_k tokens and a bucket, or over all.
     """
-    ours, theirs, teacher_hidden = lm_head(student), lm_head(teacher), teacher_hidden.detach()
+    ours, theirs = lm_head(student), lm_head(teacher)
     if not top_k:
         sides = {f"student_{k}": v for k, v in ours.items()} | {f"teacher_{k}": v for k, v in theirs.items()}
         return linear_divergence(hidden, teacher_hidden=teacher_hidden, kind=kind, beta=b, temperature=t, **sides)

@@ -374,7 +374,7 @@ STEPS = {
     "opsd, rb in the reward": {**OPSD, "opsd_kl": "reward", "kl_est": "rb", "kl_agg": "sum"},
     "opsd, frozen": {**OPSD, "opsd_teacher": "frozen"}, "opsd, average": {**OPSD, "opsd_teacher": "ema", "ema": 0.4},
     "opsd alone": {**OPSD, "adv_coef": 0.0}, "opsd, half": {**OPSD, "adv_coef": 0.5},
-    "opsd, no hint": {**OPSD, "hint": "none"},
+    "opsd, no hint": {**OPSD, "hint": "none", "opsd_teacher": "frozen"},
     "opsd, forward": {**OPSD, "divergence": "forward_kl"}, "opsd, imitation first": {**OPSD, "sft_steps": 1},
     "opsd, two steps": {**OPSD, "epochs": 2, "eps": 0.02, "opsd_kl": "reward"}, "grpo": {**OPSD, "beta": 0.0},
     "zhao": {**PRESETS["opsd_zhao"], "jsd_beta": 0.3},
