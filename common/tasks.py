@@ -136,7 +136,7 @@ class Rows:
 
 Task = Procedural | Rows
 # name -> module of common/families and class in it, which takes the spec and, by keyword, its options
-FAMILIES = {"addition": "arithmetic:Arithmetic", "arithmetic": "arithmetic:Arithmetic"}
+FAMILIES = {"addition": "arithmetic:Arithmetic", "arithmetic": "arithmetic:Arithmetic", "lookup": "lookup:Lookup"}
 FAMILIES |= {"chain": "chain:Chain", "sokoban": "sokoban:Sokoban", "reasoning_gym": "gym:ReasoningGym"}
 
 

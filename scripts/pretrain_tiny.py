@@ -72,6 +72,18 @@ FAMILIES = {
         "chain-student": Recipe("chain:shown_fault=0.12", **CHAIN, decay_below=0.6, decay_steps=50),
         "chain-teacher": Recipe("chain", **CHAIN, decay_below=0.03, decay_steps=200),
     },
+    "lookup": {  # decays from the start
+        "lookup-student": Recipe(
+            "lookup:shown_hints=0.5",
+            max_new_tokens=6,
+            batch=128,
+            lr=3e-3,
+            decay_below=9.0,
+            decay_steps=750,
+            width=64,
+            layers=2,
+        ),
+    },
     "sokoban": {  # decays from the start
         "sokoban-student": Recipe(
             "sokoban:levels=0,shown_skills=0.5",
@@ -88,7 +100,7 @@ FAMILIES = {
 
 @dataclass
 class Config:
-    family: Annotated[str, tyro.conf.Positional]  # which models to make: addition, arithmetic, chain, sokoban
+    family: Annotated[str, tyro.conf.Positional]  # which models to make: addition, arithmetic, chain, lookup, sokoban
     seed: int = 0  # of weights and data
     out: str = str(TINY)  # folder that receives one folder a model
     save_every: int = 100  # steps between checkpoints
@@ -201,10 +213,14 @@ def main(config: Config) -> None:
             engine, task, task.heldout(config.problems), 8, Sampling(1.0, recipe.max_new_tokens), seed=0, by="domain"
         )
         figures |= {"parameters": sum(p.numel() for p in engine.model.parameters())}
-        if hasattr(task, "oracle"):  # behind the skill of a shortest solution
+        if hasattr(task, "oracle") or hasattr(task, "privileged"):  # behind the skill of a shortest solution, or a hint
             told = task.heldout(config.problems)
-            skills = [{"role": "system", "content": task.skill_text(task.oracle(example))} for example in told]
-            told = [replace(e, prompt=[skill, *e.prompt]) for e, skill in zip(told, skills, strict=True)]
+            hints = [task.privileged(e, "full") if hasattr(task, "privileged") else task.skill_text(task.oracle(e))
+                     for e in told]  # fmt: skip
+            told = [
+                replace(e, prompt=[{"role": "system", "content": hint}, *e.prompt])
+                for e, hint in zip(told, hints, strict=True)
+            ]
             figures["told"] = evaluate(engine, task, told, 8, Sampling(1.0, recipe.max_new_tokens), seed=0)[0]
         if hasattr(task, "route"):
             correct = [

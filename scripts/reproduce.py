@@ -67,6 +67,17 @@ STUDIES = {
         "unclipped": ["sod.py", "--weighting", "unclipped"],
         "opd-alone": ["sod.py", "--weighting", "uniform", "--adv-grpo", "0"],
     },
+    "lookup": {  # facts that a hint tells; Avg@k and greedy are without hints
+        "pi-distill": ["pi_distill.py"],
+        "pi-shared": ["pi_distill.py", "--student-kl", "shared"],  # as Algorithm 1 has it
+        "pi-teacher-only": ["pi_distill.py", "--alpha", "1"],
+        "pi-student-only": ["pi_distill.py", "--alpha", "0"],
+        "opsd": ["pi_distill.py", "--preset", "opsd"],
+        "opsd-frozen": ["pi_distill.py", "--preset", "opsd", "--opsd-teacher", "frozen", "--beta", "0.5"],
+        "opsd-live": ["pi_distill.py", "--preset", "opsd", "--beta", "0.5"],  # the paper's weight
+        "grpo-lookup": ["pi_distill.py", "--preset", "grpo"],
+        "sft-grpo": ["pi_distill.py", "--preset", "grpo", "--sft-steps", "40"],
+    },
     "sokoban": {  # 36 training levels, which is what headlines speak of
         "skill-sd": ["skill_sd.py"],
         "skill-sd-frozen": ["skill_sd.py", "--teacher-sync", "frozen"],

@@ -13,10 +13,11 @@ import torch
 
 from posttrain.common.cli import cli
 from posttrain.common.models import TINY
-from posttrain.methods import grpo, opd, scope_opd, skill_sd, sod, uni_opd
+from posttrain.methods import grpo, opd, pi_distill, rltf, scope_opd, skill_sd, sod, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd, "sod": sod}
+METHODS |= {"pi_distill": pi_distill, "rltf": rltf}
 SMALL = {"steps": 2, "prompts-per-step": 2, "group-size": 2, "eval-problems": 2, "eval-samples": 1, "max-new-tokens": 8}
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "question": f"{i}?"} for i in range(30)]
 
@@ -158,6 +159,17 @@ FLAGS = {
     "adv-eps 0": ("sod", {"adv-eps": 0}, ["--adv-eps"]),
     "clip-low beyond 1": ("sod", {"clip-low": 1.5}, ["--clip-low"]),
     "dual-clip below 1": ("sod", {"dual-clip": 0.5}, ["--dual-clip"]),
+    "group of one, pi": ("pi_distill", {"group-size": 1}, ["--group-size"]),
+    "temperature 0, pi": ("pi_distill", {"temperature": 0}, ["--temperature"]),
+    "alpha above 1": ("pi_distill", {"alpha": 2}, ["--alpha"]),
+    "end of the jsd": ("pi_distill", {"algorithm": "opsd", "divergence": "jsd", "jsd-beta": 1}, ["--jsd-beta"]),
+    "a flag of opsd": ("pi_distill", {"opsd-teacher": "frozen"}, ["--opsd-teacher", "--algorithm opsd"]),
+    "a flag of pi": ("pi_distill", {"algorithm": "opsd", "alpha": 0.1}, ["--alpha", "--algorithm pi"]),
+    "an average of adapters, opsd": (
+        "pi_distill", {"preset": "opsd", "opsd-teacher": "ema", "lora-rank": 4}, ["--opsd-teacher", "--lora-rank"]),
+    "no hints at all": ("pi_distill", {"hint": "none", "require-hint": True}, ["--require-hint"]),
+    "unknown hint": ("pi_distill", {"hint": "answer"}, ["answer", "sparse"]),
+    "share out of range, lookup": ("pi_distill", {"task": "lookup:trust=2"}, ["trust=2", "shares"]),
     "no such device": ("grpo", {"device": "cuda:7"}, ["cuda:7", "--device cpu"]),
     "not a device": ("opd", {"device": "gpu"}, ["gpu", "--device cpu"]),
     "too long": ("grpo", {"max-new-tokens": 5000}, ["--max-new-tokens"]),
@@ -194,6 +206,7 @@ OWN = {
         "max-seconds": -1,
     },
     "skill_sd": {"ema": 2, "bank-size": 0, "minibatches": 0, "max-turns": 0, "sdl-coef": -1, "ucb": -1},
+    "pi_distill": {"ema": 2, "eps": 1, "epochs": 0, "beta": -1, "kl-top": -1, "sft-steps": -1, "alpha-anneal": -1},
 }
 TOPK = {"top-k", "divergence-temperature"}
 for _method, _own in OWN.items():

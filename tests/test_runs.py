@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.common.cli import UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
-from posttrain.methods import grpo, opd, scope_opd, skill_sd, sod, uni_opd
+from posttrain.methods import grpo, opd, pi_distill, rltf, scope_opd, skill_sd, sod, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd, "sod": sod}
+METHODS |= {"pi_distill": pi_distill, "rltf": rltf}
 EPISODES = {"skill_sd", "sod"}  # methods whose default plays episodes
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
@@ -46,6 +47,8 @@ KINDS = {
     "uni_opd": ("uni_opd", {}),
     "skill_sd": ("skill_sd", {}),
     "sod": ("sod", {}),
+    "pi_distill": ("pi_distill", {}),
+    "pi_distill, ema": ("pi_distill", {"algorithm": "opsd", "opsd-teacher": "ema", "epochs": 2}),
 }
 TABLE = {  # style.md, Metrics
     "train/reward", "train/accuracy", "train/zero_signal", "train/length", "train/truncated", "train/entropy",
@@ -67,6 +70,7 @@ OWN = {
         "skill/ever_solved",
     },
     "sod": {"teacher/kl", "policy/kl_old", "sod/tool_calls", "sod/failed_calls", "sod/w_failed", "sod/d_clean_4"},
+    "pi_distill": {"loss/student", "loss/kl", "pi/alpha", "pi/kl", "pi/penalty", "pi/hinted", "pi/live"},
 }
 EVAL = {"eval/accuracy", "eval/pass_at_k"}
 
@@ -376,6 +380,8 @@ RESUMED = {
     "skill_sd ema, full": ("skill_sd", {**MANY, "ema": 0.5, "est": "full", "ucb": 0.0}),
     "sod lora": ("sod", {"lora-rank": 4, "minibatches": 3}),
     "sod heuristic, bonus": ("sod", {"weighting": "heuristic", "tool-bonus": True, "loss-agg": "seq"}),
+    "pi_distill lora, base, sft": ("pi_distill", {"lora-rank": 4, "reference": "base", "sft-steps": 2, "epochs": 2}),
+    "pi_distill own hints": ("pi_distill", {"hint": "self", "alpha-anneal": 2, "kl-est": "rb"}),
     "opd data, cold start": ("opd", {"lmbda": 0.5, "est": "full", "off-policy": "data", "cold-start-steps": 2}),
 }
 
@@ -417,7 +423,8 @@ def test_a_longer_run_may_be_asked_for_on_resume(tmp_path):
 def test_same_seed_same_run_other_seed_another(whole, tmp_path, method):
     assert_same_run(whole(method), here(method, tmp_path / "again", **LONG))
     a, b = (results(here(method, tmp_path / f"{seed}", seed=seed, steps=2)) for seed in (0, 1))
-    for key in ("train/entropy",) if method in EPISODES else ("train/length", "loss/total", "train/entropy"):
+    alike = method in EPISODES or method == "pi_distill"  # responses of one length
+    for key in ("train/entropy",) if alike else ("train/length", "loss/total", "train/entropy"):
         assert a[1][key] != b[1][key]
     if method != "sod":  # whose calculator fails by the seed
         assert a[0]["eval/greedy"] == b[0]["eval/greedy"]  # the same held-out problems for every seed
@@ -431,6 +438,8 @@ ACCUMULATED = [
     ("skill_sd", MANY), ("skill_sd", {**MANY, "est": "full", "teacher-sync": "live"}),
     ("skill_sd", {**MANY, "est": "k3", "sdl-agg": "seq_sum", "minibatches": 2}),
     ("sod", {}), ("sod", {"loss-agg": "seq", "ref-step": "mean", "minibatches": 3}), ("sod", {"weighting": "gated"}),
+    ("pi_distill", {"alpha-anneal": 0}), ("pi_distill", {"alpha": 0.0, "agg": "seq", "kl-est": "rb", "epochs": 2}),
+    ("pi_distill", {"algorithm": "opsd", "divergence": "jsd", "kl-top": 9, "opsd-teacher": "frozen", "agg": "const"}),
     ("uni_opd", {}), ("uni_opd", {"denominator": "kept", "domain-weights": "2,1", "minibatches": 2}),
 ]  # fmt: skip
 
@@ -475,7 +484,7 @@ def test_wandb_offline_stays_inside_the_run_folder(folder):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_lora_saves_a_merged_model(method, tmp_path):
-    more = {**MANY, "teacher-sync": "live"} if method == "skill_sd" else {}
+    more = {"skill_sd": {**MANY, "teacher-sync": "live"}, "pi_distill": {"alpha-anneal": 0}}.get(method, {})
     out = here(method, tmp_path / "run", **{"lora-rank": 4, "lr": 1e-2, **more})
     saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["policy"]
     assert saved and all(".lora_" in key for key in saved)
@@ -574,6 +583,9 @@ WITH = {  # flags under which a choice has anything to choose
     "skill_sd": {name: {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0}
                  for name in ("sdl_agg", "teacher_sync", "skill", "skill_to", "sampler", "dtype", "preset")}
     | {"est": {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0, "minibatches": 2}},
+    "pi_distill": {"opsd_kl": {"algorithm": "opsd"}, "divergence": {"algorithm": "opsd"}, "agg": {"temperature": 3.0},
+                   "opsd_teacher": {"algorithm": "opsd", "lr": 0.01}, "student_denom": {"epochs": 2, "alpha_anneal": 0},
+                   "reference": {"lr": 0.01, "alpha_anneal": 0}, "student_kl": {"alpha_anneal": 0}},
 }  # fmt: skip
 
 
@@ -670,6 +682,12 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("sod", {"delta": 0.0, "d_floor": 0.05, "opd_clip": 0.1, "dual_clip": 0.0}), ("sod", {"prompts_per_step": 1}),
     ("sod", {"task": "sokoban", "model": "sokoban-student", "teacher": "sokoban-student"}),
     ("sod", {"environment": "calculator", "task": "addition", "tool_format": "json", "max_new_tokens": 8}),
+    ("pi_distill", {"alpha": 1.0, "beta": 0.0}), ("pi_distill", {"alpha": 0.0, "student_kl": "none"}),
+    ("pi_distill", {"max_new_tokens": 1}), ("pi_distill", {"task": "addition", "max_new_tokens": 20, "hint": "sparse"}),
+    ("pi_distill", {"algorithm": "opsd", "group_size": 1}), ("pi_distill", {"group_size": 1}),
+    ("pi_distill", {"lora_rank": 4, "dtype": "bfloat16", "reference": "base"}), ("pi_distill", {"drop_flat": True}),
+    ("pi_distill", {"algorithm": "opsd", "opsd_teacher": "ema", "dtype": "bfloat16"}), ("pi_distill", {"hint": "none"}),
+    ("pi_distill", {"task": "reasoning_gym:chain_sum,max_terms=2", "hint": "self"}), ("pi_distill", {"sft_steps": 2}),
     ("uni_opd", {"group_size": 1}), ("uni_opd", {"balance_ratio": 0.0}), ("uni_opd", {"margin_delta": -math.inf}),
     ("uni_opd", {"balance_ratio": math.inf, "denominator": "kept"}), ("uni_opd", {"max_new_tokens": 1}),
     ("uni_opd", {"teacher": "arithmetic-add-teacher", "routing": "average"}), ("uni_opd", {"task_coef": 1.0}),
