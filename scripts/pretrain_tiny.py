@@ -85,7 +85,7 @@ FAMILIES = {
     },
     "steps": {
         "steps-student": Recipe(
-            "steps:lessons=true", max_new_tokens=5, batch=128, decay_below=0.05, decay_steps=200, width=64, layers=2
+            "steps:lessons=true", max_new_tokens=5, batch=128, decay_below=0.32, decay_steps=200, width=64, layers=2
         ),
     },
 }

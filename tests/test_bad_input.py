@@ -13,10 +13,11 @@ import torch
 
 from posttrain.common.cli import cli
 from posttrain.common.models import TINY
-from posttrain.methods import grpo, opd, scope_opd, skill_sd, uni_opd
+from posttrain.methods import grpo, opd, rltf, scope_opd, skill_sd, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd}
+METHODS |= {"rltf": rltf}
 SMALL = {"steps": 2, "prompts-per-step": 2, "group-size": 2, "eval-problems": 2, "eval-samples": 1, "max-new-tokens": 8}
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "question": f"{i}?"} for i in range(30)]
 
@@ -142,6 +143,15 @@ FLAGS = {
     "unknown option, sokoban": ("skill_sd", {"task": "sokoban:sise=4"}, ["sise", "size"]),
     "option out of range, sokoban": ("skill_sd", {"task": "sokoban:boxes=2"}, ["boxes=2", "render=text"]),
     "board too large": ("skill_sd", {"task": "sokoban:render=text", "max-new-tokens": 400}, ["--max-new-tokens"]),
+    "group of one, rltf": ("rltf", {"group-size": 1}, ["--group-size"]),
+    "temperature 0, rltf": ("rltf", {"temperature": 0}, ["--temperature"]),
+    "unknown mode": ("rltf", {"mode": "sdl"}, ["sdl", "sd"]),
+    "a ratio without Eq. 3": ("rltf", {"mode": "fm", "sd-ratio": "token"}, ["--sd-ratio", "--mode"]),
+    "unknown critic": ("rltf", {"critic": "corectness"}, ["'corectness'", "steps-student"]),
+    "no critic": ("rltf", {"task": "addition"}, ["addition", "--critic"]),
+    "no such column of critiques": ("rltf", {"critic": "column:hint"}, ["hint", "operators"]),
+    "unknown option, steps": ("rltf", {"task": "steps:know=0.5"}, ["know", "known"]),
+    "option out of range, steps": ("rltf", {"task": "steps:known=2"}, ["known"]),
     "no such device": ("grpo", {"device": "cuda:7"}, ["cuda:7", "--device cpu"]),
     "not a device": ("opd", {"device": "gpu"}, ["gpu", "--device cpu"]),
     "too long": ("grpo", {"max-new-tokens": 5000}, ["--max-new-tokens"]),
@@ -169,6 +179,7 @@ OWN = {
     "scope_opd": {"tau": 0, "teacher-temperature": -1, "top-k": 0, "recovery-probe": -1},
     "uni_opd": {"balance-ratio": -1, "mask-retain": 2, "gap-mask": -1, "eps-lo": -1, "minibatches": 0, "task-coef": -1},
     "skill_sd": {"ema": 2, "top-frac": 0, "bank-size": 0, "minibatches": 0, "max-turns": 0, "sdl-coef": -1, "ucb": -1},
+    "rltf": {"gamma": -1, "sd-coef": -1, "sd-floor": -5, "fm-lambda": -1, "minibatches": 0, "critique-tokens": 0},
 }
 TOPK = {"top-k", "divergence-temperature"}
 for _method, _own in OWN.items():

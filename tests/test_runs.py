@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.common.cli import UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
-from posttrain.methods import grpo, opd, scope_opd, skill_sd, uni_opd
+from posttrain.methods import grpo, opd, rltf, scope_opd, skill_sd, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd}
+METHODS |= {"rltf": rltf}
 EPISODES = {"skill_sd"}  # methods whose default plays episodes
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
@@ -45,6 +46,7 @@ KINDS = {
     "scope_opd": ("scope_opd", {}),
     "uni_opd": ("uni_opd", {}),
     "skill_sd": ("skill_sd", {}),
+    "rltf": ("rltf", {}),
 }
 TABLE = {  # style.md, Metrics
     "train/reward", "train/accuracy", "train/zero_signal", "train/length", "train/truncated", "train/entropy",
@@ -65,6 +67,11 @@ OWN = {
         "skill/bank",
         "skill/ever_solved",
     },
+    "rltf": {
+        f"rltf/{key}"
+        for key in ("tokens", "leaked", "second_share", "second_accuracy", "sd_advantage", "floored", "dropped")
+    }
+    | {"loss/rl", "loss/sd", "loss/fm", "policy/kl_old"},
 }
 EVAL = {"eval/accuracy", "eval/pass_at_k"}
 
@@ -372,6 +379,8 @@ RESUMED = {
     "uni_opd minibatches, mask": ("uni_opd", {"minibatches": 2, "margin": "mask", "online-balance": "global"}),
     "skill_sd live, minibatches": ("skill_sd", {**MANY, "teacher-sync": "live", "minibatches": 2, "est": "pg"}),
     "skill_sd ema, full": ("skill_sd", {**MANY, "ema": 0.5, "est": "full", "warmdown": 4}),
+    "rltf minibatches, ratio": ("rltf", {"minibatches": 2, "sd-ratio": "token_ppo", "sd-ramp": 3, "loss": "ppo"}),
+    "rltf both, self, lora": ("rltf", {"lora-rank": 4, "mode": "both", "critic": "self", "critique-tokens": 4}),
     "opd data, cold start": ("opd", {"lmbda": 0.5, "est": "full", "off-policy": "data", "cold-start-steps": 2}),
 }
 
@@ -425,6 +434,7 @@ ACCUMULATED = [
     ("scope_opd", {}), ("scope_opd", {"objective": "repo"}), ("scope_opd", {"kl": "topk", "reduction": "token_mean"}),
     ("skill_sd", MANY), ("skill_sd", {**MANY, "est": "full", "teacher-sync": "live"}),
     ("skill_sd", {**MANY, "est": "k3", "sdl-agg": "seq_sum", "minibatches": 2, "top-frac": 0.3}),
+    ("rltf", {}), ("rltf", {"mode": "both", "loss-norm": "token", "minibatches": 2}), ("rltf", {"mode": "sft"}),
     ("uni_opd", {}), ("uni_opd", {"denominator": "kept", "domain-weights": "2,1", "minibatches": 2}),
 ]  # fmt: skip
 
@@ -568,6 +578,7 @@ WITH = {  # flags under which a choice has anything to choose
                  for name in ("sdl_agg", "teacher_sync", "skill", "sampler", "dtype", "preset")}
     | {"skill_to": {"prompts_per_step": 36, "sdl_coef": 0.0},
        "est": {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0, "minibatches": 2}},
+    "rltf": {"loss": {"minibatches": 4, "lr": 0.02}, "mode": {"prompts_per_step": 16}},
 }  # fmt: skip
 
 
@@ -658,6 +669,11 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("skill_sd", {"summarizer": "self", "summary_tokens": 40}), ("skill_sd", {"summarizer": "addition-student"}),
     ("skill_sd", {"task": "chain", "summarizer": "self", "summary_tokens": 8}),
     ("skill_sd", {"reward": "random", "prompts_per_step": 1}), ("skill_sd", {"adv_grpo": 0.0, "sampler": "teacher"}),
+    ("rltf", {"lora_rank": 4, "dtype": "bfloat16", "mode": "both"}), ("rltf", {"max_new_tokens": 1, "sd_floor": 1e-6}),
+    ("rltf", {"task": "reasoning_gym:chain_sum", "critic": "self", "critique_tokens": 9, "mode": "fm"}),
+    ("rltf", {"task": "addition", "critic": "correctness", "eval_rounds": 1}), ("rltf", {"reward": "random"}),
+    ("rltf", {"prompts_per_step": 1, "group_size": 2, "minibatches": 2}), ("rltf", {"task": "addition"}),
+    ("rltf", {"mode": "both", "critic": "correctness", "sd_ratio": "sequence", "loss": "cispo", "format_coef": 0.0}),
     ("uni_opd", {"group_size": 1}), ("uni_opd", {"balance_ratio": 0.0}), ("uni_opd", {"margin_delta": -math.inf}),
     ("uni_opd", {"balance_ratio": math.inf, "denominator": "kept"}), ("uni_opd", {"max_new_tokens": 1}),
     ("uni_opd", {"teacher": "arithmetic-add-teacher", "routing": "average"}), ("uni_opd", {"task_coef": 1.0}),

@@ -5,8 +5,8 @@ left to right (7104, say), and right only if all four are. The critic says which
 it should have been: 2:5. A second try answers the problem, the first try and the critique behind it, 3bafe=7104!2:5=;
 what the critic would say to a try is asked by 3bafe=7104?.
 
-Lessons, for pretraining: a model that has only ever seen `known` of the sixty facts, yet follows critiques on all the
-others, since what those say is a fresh random digit each time and so teaches no fact.
+Lessons, for pretraining: a model that has only ever seen `known` of the sixty facts, guesses the others, yet follows
+critiques on them, since guesses and critiques in lessons are fresh random digits each time and so teach no fact.
 """
 
 import random
@@ -70,18 +70,17 @@ class Steps(Procedural):
         return [self.lesson(rng) for _ in range(n)]
 
     def lesson(self, rng: random.Random) -> Example:
-        """Half: a chain of known facts. A quarter: such a chain, an attempt with one mistake, its critique. A quarter:
-        a second try, whose critique gives a random digit for a fact that is not known; all its other facts are."""
+        """Half: a chain, guessed where a fact is not known. A quarter: a chain of known facts, an attempt with one
+        mistake, its critique. A quarter: a second try, told a random digit for the one fact of it that is not known."""
         kind = rng.choice(("answer", "answer", "critique", "second"))
         for example in self.stream(rng, False, 10**6):
-            gap = self.first_gap(example, example.answer)
-            right = example.answer
+            if kind == "answer":
+                return Example(example.prompt, self.go_on(example, "", rng))
+            gap, right = self.first_gap(example, example.answer), example.answer
             if kind == "second" and gap < STEPS:
                 right = self.go_on(example, right[:gap] + rng.choice(DIGITS), rng)
             if self.first_gap(example, right, gap + 1 if kind == "second" else 0) < STEPS:
                 continue
-            if kind == "answer":
-                return example
             at = gap if kind == "second" else rng.randrange(STEPS)
             if at < STEPS:
                 wrong = rng.choice(DIGITS.replace(right[at], ""))
@@ -98,6 +97,6 @@ class Steps(Procedural):
     def go_on(self, example: Example, values: str, rng: random.Random) -> str:
         """The rest of a chain as one works it out who guesses where a fact is not known."""
         while len(values) < STEPS:
-            o, digit = example.fields["operators"][len(values)], values[-1]
+            o, digit = example.fields["operators"][len(values)], (example.fields["start"] + values)[-1]
             values += self.facts[o][int(digit)] if (o, digit) in self.known else rng.choice(DIGITS)
         return values
