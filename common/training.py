@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from posttrain.common.cli import require
 from posttrain.common.rollout import HFEngine, Rollout, Sampling
 from posttrain.common.tasks import CORRECT, Example, Task, grade_all
 
@@ -62,6 +63,8 @@ def evaluate(
     engine: HFEngine, task: Task, problems: list[Example], samples: int, sampling: Sampling, seed: int, by: str = ""
 ) -> tuple[dict[str, float], Rollout]:
     """Avg@samples, Pass@samples (both also for each value of column `by`), greedy; same problems and noise always."""
+    alone = not hasattr(task, "environment") or hasattr(engine, "make_environment")
+    require(alone, f"task {task.name!r} is played in turns: choose a method that has --max-turns")
     rollout = engine.generate(problems, samples, sampling, key=(seed, 0, 1))
     greedy = engine.generate(problems, 1, Sampling(0.0, sampling.max_new_tokens), key=(seed, 0, 2))
     for part in (rollout, greedy):

@@ -95,7 +95,7 @@ class Config:
     teacher_sync: Literal["live", "frozen", "ema"] = "ema"  # teacher: student of this step (paper), first one, average
     ema: float = 0.01  # teacher <- ema student + (1 - ema) teacher, each step
     skill: Literal["both", "workflow", "mistakes", "none"] = "both"  # which parts of a summary are kept
-    skill_to: Literal["teacher", "student"] = "teacher"  # who reads it; student: skill-augmented GRPO, no Eq. 3
+    skill_to: Literal["teacher", "student", "nobody"] = "teacher"  # student: without Eq. 3; nobody: a control
     sampler: Literal["student", "teacher"] = "student"  # who plays; teacher: reads the skill, o is its log-prob
     summarizer: str = "rules"  # of Eq. 6: rules (the task's), self (the policy), or a model (paper: an external one)
     summary_tokens: int = 128  # most tokens of a summary by a model
@@ -185,8 +185,6 @@ def full_divergence(policy, hidden: Tensor, teacher, seen: Rollout, on: Tensor, 
 def check(config: Config) -> None:
     require(config.group_size > 1, "GRPO compares episodes of one task: --group-size must be at least 2")
     require(config.temperature > 0, "greedy episodes are all equal, no signal: --temperature must be above 0")
-    alone = config.skill_to == "teacher" or (config.sdl_coef == 0 and config.sampler == "student")
-    require(alone, "--skill-to student is GRPO with the skill in the prompt, nothing to distil: add --sdl-coef 0")
     shares = 0 <= config.ema <= 1 and 0 < config.top_frac <= 1
     require(shares, "--ema must lie in [0, 1], --top-frac in (0, 1]")
     average = config.teacher_sync == "ema" and config.lora_rank > 0
@@ -218,7 +216,7 @@ def main(config: Config) -> None:
     parts |= {"teacher": teacher} if config.teacher_sync == "ema" else {}
     brief = Sampling(config.temperature, config.summary_tokens)
     sampling, limit = Sampling(config.temperature, config.max_new_tokens), config.micro_batch_tokens
-    fixed = task.draw(36, 0)  # training tasks that evaluations look at
+    fixed = task.draw(min(36, config.eval_problems), 0)  # training tasks that evaluations look at
 
     def examine(step: int) -> dict[str, float]:
         """Held-out evaluation; on training tasks the student's success, and the teacher's with skills."""
@@ -227,7 +225,7 @@ def main(config: Config) -> None:
         texts = [bank[choose(bank, config.ucb)]["text"] if bank else "" for bank in banks]
         read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(engine.openings(fixed), texts, strict=True)]
         for i, name, player, starts in ((3, "train", engine, ()), (4, "teacher", teacher_engine, read)):
-            rollout = player.generate(fixed, 4, sampling, (config.seed, 0, i), starts)
+            rollout = player.generate(fixed, config.eval_samples, sampling, (config.seed, 0, i), starts)
             metrics[f"skill/{name}_success"] = (rollout.reward == CORRECT).double().mean().item()
         rates = f"{metrics['skill/train_success']:.3f}, its teacher with skills {metrics['skill/teacher_success']:.3f}"
         run.console.print(f"  on {len(fixed)} training tasks: policy {rates}; {len(state['solved'])} solved so far")
@@ -250,8 +248,9 @@ def main(config: Config) -> None:
         banks = [state["bank"].setdefault(text_of(example), []) for example in problems]
         chosen = [choose(bank, config.ucb) for bank in banks]
         texts = ["" if i is None else bank[i]["text"] for i, bank in zip(chosen, banks, strict=True)]
-        openings = engine.openings(problems)
-        read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(openings, texts, strict=True)]
+        # nobody: a slow teacher without anything to read, to see what the skill itself does
+        openings, told = engine.openings(problems), texts if config.skill_to != "nobody" else [""] * len(texts)
+        read = [encode(tokenizer, with_skill(x, text)) for x, text in zip(openings, told, strict=True)]
         if config.sampler == "teacher":
             rollout = teacher_engine.generate(problems, config.group_size, sampling, key, read)
             plain = [encode(tokenizer, openings[g]) for g in rollout.group.tolist()]
@@ -268,6 +267,7 @@ def main(config: Config) -> None:
         if old_logps is None and config.minibatches > 1:
             old_logps, _ = score(policy, rollout, limit, config.temperature)
         coef = config.sdl_coef * (max(0.0, 1 - step / config.warmdown) if config.warmdown else 1)
+        coef *= config.skill_to != "student"  # skill-augmented GRPO has nothing to distil
         teacher_logps, sdl_mask = torch.zeros_like(mask), torch.zeros_like(mask)
         skilled = torch.tensor([coef > 0 and bool(text) for text in texts], device=device)[rollout.group]  # [N], h
         readers = skilled.nonzero().squeeze(1)

@@ -3,6 +3,7 @@
 The intervals resample problems (10,000 bootstrap draws), so that they hold for other problems of the same kind.
 
 Run: python scripts/evaluate.py --model addition-teacher --task addition
+     python scripts/evaluate.py --model chain-student --task chain --max-turns 10 --max-new-tokens 120
      python scripts/evaluate.py --model Qwen/Qwen3-1.7B --task gsm8k --problems 200 --samples 4 --max-new-tokens 1024
 """
 
@@ -17,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from posttrain.common.cli import UserError, cli, require
+from posttrain.common.environments.episodes import Episodes
+from posttrain.common.environments.tools import Form, make_environment
 from posttrain.common.models import load_model, load_tokenizer, prepare
 from posttrain.common.rollout import ENGINES, Sampling
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task
@@ -27,7 +30,9 @@ from posttrain.common.training import pass_at_k
 class Config:
     model: str = "addition-student"  # folder, hub name, or a built-in tiny model
     task: str = "addition"  # addition, reasoning_gym:NAME, gsm8k, file.jsonl, or a datasets name
-    reward: str = "task"  # task or path/to/file.py:function; a reward of 1 counts as correct
+    reward: str = (
+        "task"  # task (of an episode: its environment's) or path/to/file.py:function; a reward of 1 counts as correct
+    )
     prompt_column: str = "prompt"  # of a file or datasets name
     answer_column: str = "answer"  # of a file or datasets name
     problems: int = 256  # held-out problems, fewer if the task has fewer
@@ -35,6 +40,9 @@ class Config:
     max_new_tokens: int = 20  # longest response
     temperature: float = 1.0  # of sampling
     top_p: float = 1.0  # nucleus sampling
+    environment: str = "task"  # with --max-turns: task, calculator, python, or path/to/file.py:Class
+    tool_format: Form = "hermes"  # of tool calls: <tool_call> tags, or a bare JSON object
+    max_turns: int = 1  # above 1: play episodes, of which --max-new-tokens bounds the whole
     seed: int = 0  # of sampling
     rollout: Literal["hf"] = "hf"  # sampling engine
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
@@ -59,6 +67,10 @@ def main(config: Config) -> None:
     reward = make_reward(config.reward, task)
     tokenizer = load_tokenizer(config.model)
     engine = ENGINES[config.rollout](load_model(config.model, device, config.dtype, train=False), tokenizer)
+    if config.max_turns > 1:
+        engine = Episodes(engine, make_environment(config.environment, task, config.tool_format), config.max_turns)
+    in_turns = f"task {config.task!r} is played in turns: give --max-turns and a larger --max-new-tokens"
+    require(config.max_turns > 1 or not hasattr(task, "environment"), in_turns)
     folder = Path(config.out) if config.out else None
     if folder:
         try:
@@ -67,12 +79,12 @@ def main(config: Config) -> None:
             raise UserError(f"cannot write {folder} ({error.strerror}); choose another --out") from None
         require(not (folder / "summary.json").exists(), f"{folder} already holds an evaluation; choose another --out")
 
-    start = time.perf_counter()
+    start, play = time.perf_counter(), config.max_turns > 1
     problems = task.heldout(config.problems)
     sampling = Sampling(config.temperature, config.max_new_tokens, config.top_p)
     sampled = engine.generate(problems, config.samples, sampling, key=(config.seed, 0, 1))
     greedy = engine.generate(problems, 1, Sampling(0.0, config.max_new_tokens), key=(config.seed, 0, 2))
-    for rollout in (sampled, greedy):
+    for rollout in (sampled, greedy) if config.reward != "task" or not play else ():  # else graded already
         rollout.reward = torch.tensor(grade_all(reward, rollout.examples, rollout.texts))
     correct = (sampled.reward == CORRECT).view(len(problems), config.samples)
     figures = {f"avg@{config.samples}": correct.double().mean(1)}

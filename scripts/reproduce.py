@@ -73,8 +73,20 @@ STUDIES = {
         "skill-sd-live": ["skill_sd.py", "--teacher-sync", "live"],  # as the paper has it
         "grpo-sokoban": ["skill_sd.py", "--sdl-coef", "0"],
         "opd-skill": ["skill_sd.py", "--adv-grpo", "0", "--sdl-coef", "1"],  # self-distillation alone
+        "skill-sd-unread": ["skill_sd.py", "--skill-to", "nobody"],  # control: the slow teacher without the skill
         "grpo-skill": ["skill_sd.py", "--skill-to", "student", "--sdl-coef", "0"],  # the skill in the student's prompt
-        "skill-naive": ["skill_sd.py", "--preset", "naive"],
+        "skill-sd-k3": ["skill_sd.py", "--est", "k3"],  # without the importance weight
+        "skill-naive": ["skill_sd.py", "--preset", "naive"],  # live, k3, coefficient 1
+        "skill-sd-live-1": ["skill_sd.py", "--teacher-sync", "live", "--sdl-coef", "1"],  # the same with the weight
+    },
+    "steps": {  # single and none are the paper's GRPO baselines; the sampled tokens of each are in the JSON
+        "rltf-single": ["rltf.py", "--mode", "single"],
+        "rltf-none": ["rltf.py", "--mode", "none"],
+        "rltf-sd": ["rltf.py"],
+        "rltf-sd-second": ["rltf.py", "--sd-baseline", "second"],  # as the released code comes out
+        "rltf-sd-correctness": ["rltf.py", "--critic", "correctness"],
+        "rltf-sft": ["rltf.py", "--mode", "sft"],
+        "rltf-fm": ["rltf.py", "--mode", "fm"],
     },
 }
 HEADLINES = {"sokoban": "skill/train_success"}  # study -> metric of its curves and target, else eval/accuracy

@@ -13,10 +13,10 @@ import torch
 
 from posttrain.common.cli import cli
 from posttrain.common.models import TINY
-from posttrain.methods import grpo, opd, rltf, scope_opd, skill_sd, uni_opd
+from posttrain.methods import grpo, opd, rltf, scope_opd, skill_sd, sod, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd}
+METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd, "sod": sod}
 METHODS |= {"rltf": rltf}
 SMALL = {"steps": 2, "prompts-per-step": 2, "group-size": 2, "eval-problems": 2, "eval-samples": 1, "max-new-tokens": 8}
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i), "question": f"{i}?"} for i in range(30)]
@@ -133,7 +133,6 @@ FLAGS = {
     "ratio nan": ("uni_opd", {"balance-ratio": "nan"}, ["--balance-ratio"]),
     "group of one, skill": ("skill_sd", {"group-size": 1}, ["--group-size"]),
     "temperature 0, skill": ("skill_sd", {"temperature": 0}, ["--temperature"]),
-    "nothing to distil": ("skill_sd", {"skill-to": "student"}, ["--skill-to", "--sdl-coef 0"]),
     "an average of adapters": ("skill_sd", {"lora-rank": 4}, ["--teacher-sync", "--lora-rank"]),
     "a teacher that moves": ("skill_sd", {"est": "full", "teacher-sync": "live", "minibatches": 2}, ["--est"]),
     "no rules": ("skill_sd", {"task": "chain"}, ["chain", "--summarizer"]),
@@ -152,6 +151,21 @@ FLAGS = {
     "no such column of critiques": ("rltf", {"critic": "column:hint"}, ["hint", "operators"]),
     "unknown option, steps": ("rltf", {"task": "steps:know=0.5"}, ["know", "known"]),
     "option out of range, steps": ("rltf", {"task": "steps:known=2"}, ["known"]),
+    "group of one, sod": ("sod", {"group-size": 1}, ["--group-size"]),
+    "temperature 0, sod": ("sod", {"temperature": 0}, ["--temperature"]),
+    "unknown teacher, sod": ("sod", {"teacher": "chain-techer"}, ["chain-techer", "chain-teacher"]),
+    "no environment": ("sod", {"task": "addition"}, ["--environment", "calculator"]),
+    "unknown environment": ("sod", {"environment": "wizard"}, ["wizard", "--environment", "calculator"]),
+    "no environment file": ("sod", {"environment": "no.py:E"}, ["no.py", "--environment"]),
+    "unknown weighting": ("sod", {"weighting": "uncliped"}, ["uncliped", "unclipped"]),
+    "unknown format": ("sod", {"tool-format": "xml"}, ["xml", "hermes"]),
+    "unknown option, chain": ("sod", {"task": "chain:falt=0.1"}, ["falt", "fault"]),
+    "option out of range, chain": ("sod", {"task": "chain:fault=1.5"}, ["chain:fault=1.5"]),
+    "too long, sod": ("sod", {"max-new-tokens": 5000}, ["--max-new-tokens"]),
+    "eps 0": ("sod", {"eps": 0}, ["--eps"]),
+    "adv-eps 0": ("sod", {"adv-eps": 0}, ["--adv-eps"]),
+    "clip-low beyond 1": ("sod", {"clip-low": 1.5}, ["--clip-low"]),
+    "dual-clip below 1": ("sod", {"dual-clip": 0.5}, ["--dual-clip"]),
     "no such device": ("grpo", {"device": "cuda:7"}, ["cuda:7", "--device cpu"]),
     "not a device": ("opd", {"device": "gpu"}, ["gpu", "--device cpu"]),
     "too long": ("grpo", {"max-new-tokens": 5000}, ["--max-new-tokens"]),
@@ -178,6 +192,15 @@ OWN = {
     "opd": {"top-k": 0, "prefix-frac": 0, "divergence-temperature": 0, "beta": 2, "lmbda": -1, "ema": 2},
     "scope_opd": {"tau": 0, "teacher-temperature": -1, "top-k": 0, "recovery-probe": -1},
     "uni_opd": {"balance-ratio": -1, "mask-retain": 2, "gap-mask": -1, "eps-lo": -1, "minibatches": 0, "task-coef": -1},
+    "sod": {
+        "delta": -1,
+        "d-floor": -1,
+        "opd-clip": -1,
+        "minibatches": 0,
+        "coef": -1,
+        "max-turns": 0,
+        "max-seconds": -1,
+    },
     "skill_sd": {"ema": 2, "top-frac": 0, "bank-size": 0, "minibatches": 0, "max-turns": 0, "sdl-coef": -1, "ucb": -1},
     "rltf": {"gamma": -1, "sd-coef": -1, "sd-floor": -5, "fm-lambda": -1, "minibatches": 0, "critique-tokens": 0},
 }
@@ -262,6 +285,41 @@ def test_a_bad_reward_is_one_line(run, code, words):
     assert exit_code == 2
 
 
+# --- environments
+ENVIRONMENT = """class E:
+    def reset(self, example):
+        return example.prompt
+    def step(self, text):
+        return "12", len(text) > 3, 1.0
+"""
+ENVIRONMENTS = {
+    "no such class": (ENVIRONMENT.replace("class E", "class F"), ["'E'", "--environment"]),
+    "no step": (ENVIRONMENT.replace("def step", "def answer"), ["step", "--environment"]),
+    "import": ("import nothing_of_the_kind", ["nothing_of_the_kind"]),
+    "raises": (ENVIRONMENT.replace('"12"', "1 / 0"), ["E.step", "ZeroDivisionError"]),
+    "constructor raises": (
+        ENVIRONMENT + "    def __init__(self): raise RuntimeError('no\\nluck')",
+        ["RuntimeError", "no"],
+    ),
+    "no text": (ENVIRONMENT.replace('"12"', "None"), ["step", "None"]),
+    "no prompt": (ENVIRONMENT.replace("return example.prompt", "pass"), ["reset", "None"]),
+}
+
+
+@pytest.mark.parametrize(("code", "words"), ENVIRONMENTS.values(), ids=ENVIRONMENTS.keys())
+def test_a_bad_environment_is_one_line(run, code, words):
+    Path("mine.py").write_text(code)
+    exit_code, stderr = run("sod", {"environment": "mine.py:E", "out": "run"})
+    one_line(stderr, *words)
+    assert exit_code == 2
+
+
+def test_an_environment_of_ones_own_runs(run):
+    Path("mine.py").write_text(ENVIRONMENT)
+    exit_code, stderr = run("sod", {"environment": "mine.py:E", "out": "run"})
+    assert exit_code == 0, stderr
+
+
 @pytest.mark.parametrize(("value", "words"), [("2.5", ["1 must mean correct"]), ("100", ["--reward"])])
 def test_a_reward_above_one_is_one_line_where_correctness_matters(run, value, words):
     Path("reward.py").write_text(f"def f(example, completion): return {value} * (len(completion) > 0)")
@@ -338,7 +396,13 @@ def foreign(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("method", "teacher"),
-    [("opd", "{}"), ("scope_opd", "{}"), ("uni_opd", "{}"), ("uni_opd", "add=arithmetic-add-teacher,mul={}")],
+    [
+        ("opd", "{}"),
+        ("sod", "{}"),
+        ("scope_opd", "{}"),
+        ("uni_opd", "{}"),
+        ("uni_opd", "add=arithmetic-add-teacher,mul={}"),
+    ],
 )
 def test_different_vocabularies_are_one_line(run, foreign, method, teacher):
     code, stderr = run(method, {"teacher": teacher.format(foreign), "out": "run"})

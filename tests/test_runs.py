@@ -27,12 +27,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from posttrain.common.cli import UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
-from posttrain.methods import grpo, opd, rltf, scope_opd, skill_sd, uni_opd
+from posttrain.methods import grpo, opd, rltf, scope_opd, skill_sd, sod, uni_opd
 
 ROOT = Path(__file__).resolve().parents[1]
-METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd}
+METHODS = {"grpo": grpo, "opd": opd, "scope_opd": scope_opd, "uni_opd": uni_opd, "skill_sd": skill_sd, "sod": sod}
 METHODS |= {"rltf": rltf}
-EPISODES = {"skill_sd"}  # methods whose default plays episodes
+EPISODES = {"skill_sd", "sod"}  # methods whose default plays episodes
 SMALL = {
     "steps": 4, "prompts-per-step": 4, "group-size": 4, "eval-problems": 8, "eval-samples": 2, "eval-every": 2,
     "save-every": 2, "lr": 1e-3, "warmup": 0, "schedule": "linear",
@@ -47,6 +47,7 @@ KINDS = {
     "uni_opd": ("uni_opd", {}),
     "skill_sd": ("skill_sd", {}),
     "rltf": ("rltf", {}),
+    "sod": ("sod", {}),
 }
 TABLE = {  # style.md, Metrics
     "train/reward", "train/accuracy", "train/zero_signal", "train/length", "train/truncated", "train/entropy",
@@ -72,6 +73,7 @@ OWN = {
         for key in ("tokens", "leaked", "second_share", "second_accuracy", "sd_advantage", "floored", "dropped")
     }
     | {"loss/rl", "loss/sd", "loss/fm", "policy/kl_old"},
+    "sod": {"teacher/kl", "policy/kl_old", "sod/tool_calls", "sod/failed_calls", "sod/w_failed", "sod/d_clean_4"},
 }
 EVAL = {"eval/accuracy", "eval/pass_at_k"}
 
@@ -381,6 +383,8 @@ RESUMED = {
     "skill_sd ema, full": ("skill_sd", {**MANY, "ema": 0.5, "est": "full", "warmdown": 4}),
     "rltf minibatches, ratio": ("rltf", {"minibatches": 2, "sd-ratio": "token_ppo", "sd-ramp": 3, "loss": "ppo"}),
     "rltf both, self, lora": ("rltf", {"lora-rank": 4, "mode": "both", "critic": "self", "critique-tokens": 4}),
+    "sod lora": ("sod", {"lora-rank": 4, "minibatches": 3}),
+    "sod heuristic, bonus": ("sod", {"weighting": "heuristic", "tool-bonus": True, "loss-agg": "seq"}),
     "opd data, cold start": ("opd", {"lmbda": 0.5, "est": "full", "off-policy": "data", "cold-start-steps": 2}),
 }
 
@@ -435,6 +439,7 @@ ACCUMULATED = [
     ("skill_sd", MANY), ("skill_sd", {**MANY, "est": "full", "teacher-sync": "live"}),
     ("skill_sd", {**MANY, "est": "k3", "sdl-agg": "seq_sum", "minibatches": 2, "top-frac": 0.3}),
     ("rltf", {}), ("rltf", {"mode": "both", "loss-norm": "token", "minibatches": 2}), ("rltf", {"mode": "sft"}),
+    ("sod", {}), ("sod", {"loss-agg": "seq", "ref-step": "mean", "minibatches": 3}), ("sod", {"weighting": "gated"}),
     ("uni_opd", {}), ("uni_opd", {"denominator": "kept", "domain-weights": "2,1", "minibatches": 2}),
 ]  # fmt: skip
 
@@ -574,10 +579,10 @@ WITH = {  # flags under which a choice has anything to choose
             "teacher_sync": {"teacher": "self", "est": "full", "beta": 0.5, "lr": 0.01, "ema": 0.3}},
     "scope_opd": {"kl": {"top_k": 2}, "student_weights": {"group_size": 16}},
     "uni_opd": {"margin_stats": {"group_size": 8}, "online_balance": {"group_size": 8}},
+    "sod": {},
     "skill_sd": {name: {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0}
-                 for name in ("sdl_agg", "teacher_sync", "skill", "sampler", "dtype", "preset")}
-    | {"skill_to": {"prompts_per_step": 36, "sdl_coef": 0.0},
-       "est": {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0, "minibatches": 2}},
+                 for name in ("sdl_agg", "teacher_sync", "skill", "skill_to", "sampler", "dtype", "preset")}
+    | {"est": {"prompts_per_step": 36, "group_size": 2, "lr": 0.01, "sdl_coef": 1.0, "minibatches": 2}},
     "rltf": {"loss": {"minibatches": 4, "lr": 0.02}, "mode": {"prompts_per_step": 16}},
 }  # fmt: skip
 
@@ -674,6 +679,12 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("rltf", {"task": "addition", "critic": "correctness", "eval_rounds": 1}), ("rltf", {"reward": "random"}),
     ("rltf", {"prompts_per_step": 1, "group_size": 2, "minibatches": 2}), ("rltf", {"task": "addition"}),
     ("rltf", {"mode": "both", "critic": "correctness", "sd_ratio": "sequence", "loss": "cispo", "format_coef": 0.0}),
+    ("sod", {"coef": 0.0}), ("sod", {"max_turns": 1}), ("sod", {"max_new_tokens": 5}), ("sod", {"max_seconds": 1e-3}),
+    ("sod", {"lora_rank": 4, "dtype": "bfloat16"}), ("sod", {"reward": "random", "weighting": "gated"}),
+    ("sod", {"task": "chain:fault=0.5", "tool_bonus": True, "minibatches": 7}), ("sod", {"task": "addition"}),
+    ("sod", {"delta": 0.0, "d_floor": 0.05, "opd_clip": 0.1, "dual_clip": 0.0}), ("sod", {"prompts_per_step": 1}),
+    ("sod", {"task": "sokoban", "model": "sokoban-student", "teacher": "sokoban-student"}),
+    ("sod", {"environment": "calculator", "task": "addition", "tool_format": "json", "max_new_tokens": 8}),
     ("uni_opd", {"group_size": 1}), ("uni_opd", {"balance_ratio": 0.0}), ("uni_opd", {"margin_delta": -math.inf}),
     ("uni_opd", {"balance_ratio": math.inf, "denominator": "kept"}), ("uni_opd", {"max_new_tokens": 1}),
     ("uni_opd", {"teacher": "arithmetic-add-teacher", "routing": "average"}), ("uni_opd", {"task_coef": 1.0}),

@@ -1,5 +1,6 @@
 """methods/skill_sd.py against plain float64 references, written from the equations of the method's sheet."""
 
+import json
 import math
 from pathlib import Path
 
@@ -502,6 +503,10 @@ def test_full_divergence_is_the_reverse_kl_at_the_chosen_tokens(played):
 SMALL = {"steps": 3, "prompts_per_step": 12, "group_size": 4, "eval_problems": 4, "eval_samples": 1, "eval_every": 0}
 
 
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 class Spy:
     """What a run sampled, read and kept, step by step."""
 
@@ -558,6 +563,15 @@ def test_another_skill_changes_what_the_teacher_reads_and_nothing_that_the_stude
             assert torch.equal(x.tokens[i][x.loss_mask[i] > 0], y.tokens[i][y.loss_mask[i] > 0])
 
 
+def test_a_teacher_that_reads_nothing_agrees_with_a_student_that_has_not_moved(tmp_path):
+    given = {**SMALL, "steps": 3, "prompts_per_step": 36, "lr": 1e-30, "teacher_sync": "frozen"}
+    skill_sd.main(Config(**given, skill_to="nobody", out=str(tmp_path / "a")))
+    skill_sd.main(Config(**given, out=str(tmp_path / "b")))
+    blind, reading = metrics(tmp_path / "a"), metrics(tmp_path / "b")
+    assert blind[3]["skill/told"] == reading[3]["skill/told"] > 0
+    assert blind[3]["teacher/kl_abs"] < 1e-5 and blind[3]["loss/sdl"] < 1e-9 and reading[3]["teacher/kl_abs"] > 0.01
+
+
 def test_the_student_never_reads_a_skill_in_training_or_evaluation(monkeypatch, tmp_path):
     policies = []
     generate = Episodes.generate
@@ -607,14 +621,10 @@ def test_a_skill_is_used_only_after_the_step_that_made_it(monkeypatch, tmp_path)
 
 
 def test_rows_without_a_skill_carry_no_distillation_and_step_1_is_grpo(monkeypatch, tmp_path):
-    import json
-
     given = {**SMALL, "steps": 2, "prompts_per_step": 24, "teacher_sync": "live"}
     for name, more in (("sd", {}), ("grpo", {"sdl_coef": 0.0})):
         skill_sd.main(Config(**given, **more, out=str(tmp_path / name)))
-    a, b = (
-        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("sd", "grpo")
-    )
+    a, b = metrics(tmp_path / "sd"), metrics(tmp_path / "grpo")
     assert a[1]["skill/told"] == 0 == a[1]["loss/sdl"]
     for key in ("loss/total", "optim/grad_norm", "train/entropy", "train/reward"):
         assert a[1][key] == b[1][key]
@@ -642,6 +652,9 @@ def test_the_sampled_log_probs_are_the_skilled_ones_when_the_teacher_plays(monke
         assert (q - seen.behaviour_logps).abs().max() < 1e-4  # o = q: the teacher itself wrote the tokens
         checked += int((seen.tokens != pad).any())
     assert checked
+    rows = metrics(tmp_path / "run")[1:]
+    assert any(abs(row["policy/kl_old"]) > 1e-3 for row in rows if row["skill/told"])  # o is the teacher's
+    assert all(row["engine/logp_gap"] == 0 for row in rows)
 
 
 def test_ema_moves_the_teacher_by_its_share(tmp_path):

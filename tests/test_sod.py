@@ -557,6 +557,22 @@ def test_metrics_by_hand():
 
 # --- main
 
+
+def test_ten_steps_of_the_default_keep_to_the_cap_and_trust_episodes_with_failed_calls_less(tmp_path, monkeypatch):
+    monkeypatch.setattr("posttrain.common.run.plot", lambda *args: None)
+    small = {"steps": 10, "prompts_per_step": 8, "eval_every": 0, "eval_problems": 4, "eval_samples": 1}
+    sod.main(Config(**small, out=str(tmp_path / "run")))
+    rows = lines(tmp_path / "run")[1:]
+    assert len(rows) == 10 and all(math.isfinite(x) for row in rows for x in row.values())
+    assert all(row["optim/skipped"] == 0 and row["engine/logp_gap"] < 1e-4 for row in rows)
+    assert all(0 < row["sod/w_failed"] < row["sod/w_clean"] <= 1.2 for row in rows)
+    assert sum(row["sod/d_failed_3"] for row in rows) > 2 * sum(row["sod/d_clean_3"] for row in rows)
+    for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for weight, k in zip(row["weight"], row["turn"], strict=True):
+            assert (0 <= weight <= 1.2) if k > 0 else weight == k + 1
+
+
 ECHO = """
 class Echo:
     stops = ("=", "+")

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -216,7 +217,11 @@ def reply(tokenizer: PreTrainedTokenizerBase, observation: str, role: str, last:
         role = role if role in str(tokenizer.chat_template) else "user"  # not every template knows tools
         turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": mark}]
         turns.append({"role": role, "content": observation})
-        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        try:
+            whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:  # such as Mistral's, whose tools answer to a call's id
+            require(role != "user", f"the chat template cannot show an observation ({first_line(error)})")
+            return reply(tokenizer, observation, "user", last)
         text = whole.partition(mark)[2].removeprefix(last)
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 

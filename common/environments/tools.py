@@ -12,9 +12,13 @@ from posttrain.common.environments.sandbox import run_python
 from posttrain.common.tasks import Example, Task, from_file
 
 Form = Literal["hermes", "json"]
-TOOLS = {  # name -> what it does, its one argument
-    "calculator": ("Works out an arithmetic expression of numbers, + - * / // % and parentheses.", "expression"),
-    "python": ("Runs a Python program and returns what it prints. No files, no network, a few seconds.", "code"),
+TOOLS = {  # name -> what it does, its one argument, and an example of it
+    "calculator": (
+        "Works out an arithmetic expression of numbers, + - * / // % and parentheses.",
+        "expression",
+        "12*7",
+    ),
+    "python": ("Runs a Python program and returns what it prints. No files, no network.", "code", "print(12*7)"),
 }
 SHOWN = {
     "hermes": "<tool_call>{}</tool_call>",  # Qwen2.5, Qwen3 and Hermes
@@ -33,18 +37,18 @@ class ToolUse(Environment):
 
     def reset(self, example: Example) -> list[dict[str, str]]:
         self.example = example
-        about, argument = TOOLS[self.tool]
+        about, argument, shown = TOOLS[self.tool]
         properties = {argument: {"type": "string"}}
         schema = {"name": self.tool, "description": about}
         schema["parameters"] = {"type": "object", "properties": properties, "required": [argument]}
-        call = SHOWN[self.form].format(json.dumps({"name": self.tool, "arguments": {argument: "..."}}))
-        system = (
-            f"You can use a tool:\n{json.dumps(schema)}\nTo call it, write {call} and end your message; the result "
+        call = SHOWN[self.form].format(json.dumps({"name": self.tool, "arguments": {argument: shown}}))
+        about = (
+            f"You can use a tool:\n{json.dumps(schema)}\nTo call it, for 12*7 say, write\n{call}\nand nothing else; "
         )
-        system += "comes back in the next message. Once you know the answer, give it without a call."
+        about += "the result comes back in the next message. Once you know the answer, give it without a call."
         own = [message for message in example.prompt if message["role"] != "system"]
         given = [message["content"] for message in example.prompt if message["role"] == "system"]
-        return [{"role": "system", "content": "\n\n".join([*given, system])}, *own]
+        return [{"role": "system", "content": "\n\n".join([*given, about])}, *own]
 
     def step(self, text: str) -> Step:
         call = find_call(text, self.form)
