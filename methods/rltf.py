@@ -265,7 +265,7 @@ def main(config: Config) -> None:
         first = engine.generate(task.draw(config.prompts_per_step, *key), config.group_size, sampling, key)
         grade(first)
         wrong = (first.reward < CORRECT).nonzero().squeeze(1)  # not where it is not a number
-        tried = first[wrong[: len(wrong) * (config.mode != "single")]]
+        tried = first[wrong] if config.mode != "single" else first[wrong[:0]]
         retry = retries(tried.examples, tried.texts, (config.seed, step, 1))
         again = wrong[[i for i, _, _ in retry]]  # [N2], the first tries that have a second one
         second = tried[again[:0]]
