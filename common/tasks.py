@@ -136,8 +136,9 @@ class Rows:
 
 Task = Procedural | Rows
 # name -> module of common/families and class in it, which takes the spec and, by keyword, its options
-FAMILIES = {"addition": "arithmetic:Arithmetic", "arithmetic": "arithmetic:Arithmetic", "lookup": "lookup:Lookup"}
-FAMILIES |= {"chain": "chain:Chain", "sokoban": "sokoban:Sokoban", "reasoning_gym": "gym:ReasoningGym"}
+FAMILIES = {"addition": "arithmetic:Arithmetic", "arithmetic": "arithmetic:Arithmetic", "chain": "chain:Chain"}
+FAMILIES |= {"lookup": "lookup:Lookup", "sokoban": "sokoban:Sokoban", "steps": "steps:Steps"}
+FAMILIES |= {"reasoning_gym": "gym:ReasoningGym"}
 
 
 def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "answer") -> Task:

@@ -30,7 +30,7 @@ from posttrain.common.models import TINY, load_model, load_tokenizer, save_model
 from posttrain.common.rollout import HFEngine, Sampling, encode, seed_of, written
 from posttrain.common.run import versions, write_atomically
 from posttrain.common.scoring import token_logps
-from posttrain.common.tasks import make_task
+from posttrain.common.tasks import CORRECT, make_task
 from posttrain.common.training import evaluate
 
 
@@ -95,12 +95,17 @@ FAMILIES = {
             width=64,
         ),
     },
+    "steps": {
+        "steps-student": Recipe(
+            "steps:lessons=true", max_new_tokens=5, batch=128, decay_below=0.32, decay_steps=200, width=64, layers=2
+        ),
+    },
 }
 
 
 @dataclass
 class Config:
-    family: Annotated[str, tyro.conf.Positional]  # which models to make: addition, arithmetic, chain, lookup, sokoban
+    family: Annotated[str, tyro.conf.Positional]  # addition, arithmetic, chain, lookup, sokoban or steps
     seed: int = 0  # of weights and data
     out: str = str(TINY)  # folder that receives one folder a model
     save_every: int = 100  # steps between checkpoints
@@ -221,6 +226,12 @@ def main(config: Config) -> None:
                 replace(e, prompt=[{"role": "system", "content": hint}, *e.prompt])
                 for e, hint in zip(told, hints, strict=True)
             ]
+            figures["told"] = evaluate(engine, task, told, 8, Sampling(1.0, recipe.max_new_tokens), seed=0)[0]
+        if hasattr(task, "second_prompt"):  # behind a critique of the greedy answer, where that is wrong
+            asked = task.heldout(config.problems)
+            first = engine.generate(asked, 1, Sampling(0.0, recipe.max_new_tokens), key=(0,)).texts
+            wrong = [(e, text) for e, text in zip(asked, first, strict=True) if task.grade(e, text) < CORRECT]
+            told = [replace(e, prompt=task.second_prompt(e, text, task.critique(e, text))) for e, text in wrong]
             figures["told"] = evaluate(engine, task, told, 8, Sampling(1.0, recipe.max_new_tokens), seed=0)[0]
         if hasattr(task, "route"):
             correct = [

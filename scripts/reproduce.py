@@ -90,6 +90,15 @@ STUDIES = {
         "skill-naive": ["skill_sd.py", "--preset", "naive"],  # live, k3, coefficient 1
         "skill-sd-live-1": ["skill_sd.py", "--teacher-sync", "live", "--sdl-coef", "1"],  # the same with the weight
     },
+    "steps": {  # single and none are the paper's GRPO baselines; the sampled tokens of each are in the JSON
+        "rltf-single": ["rltf.py", "--mode", "single"],
+        "rltf-none": ["rltf.py", "--mode", "none"],
+        "rltf-sd": ["rltf.py"],
+        "rltf-sd-second": ["rltf.py", "--sd-baseline", "second"],  # as the released code comes out
+        "rltf-sd-correctness": ["rltf.py", "--critic", "correctness"],
+        "rltf-sft": ["rltf.py", "--mode", "sft"],
+        "rltf-fm": ["rltf.py", "--mode", "fm"],
+    },
 }
 HEADLINES = {"sokoban": "skill/train_success"}  # study -> metric of its curves and target, else eval/accuracy
 

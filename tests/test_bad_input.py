@@ -144,6 +144,15 @@ FLAGS = {
     "unknown option, sokoban": ("skill_sd", {"task": "sokoban:sise=4"}, ["sise", "size"]),
     "option out of range, sokoban": ("skill_sd", {"task": "sokoban:boxes=2"}, ["boxes=2", "render=text"]),
     "board too large": ("skill_sd", {"task": "sokoban:render=text", "max-new-tokens": 400}, ["--max-new-tokens"]),
+    "group of one, rltf": ("rltf", {"group-size": 1}, ["--group-size"]),
+    "temperature 0, rltf": ("rltf", {"temperature": 0}, ["--temperature"]),
+    "unknown mode": ("rltf", {"mode": "sdl"}, ["sdl", "sd"]),
+    "a ratio without Eq. 3": ("rltf", {"mode": "fm", "sd-ratio": "token"}, ["--sd-ratio", "--mode"]),
+    "unknown critic": ("rltf", {"critic": "corectness"}, ["'corectness'", "steps-student"]),
+    "no critic": ("rltf", {"task": "addition"}, ["addition", "--critic"]),
+    "no such column of critiques": ("rltf", {"critic": "column:hint"}, ["hint", "operators"]),
+    "unknown option, steps": ("rltf", {"task": "steps:know=0.5"}, ["know", "known"]),
+    "option out of range, steps": ("rltf", {"task": "steps:known=2"}, ["known"]),
     "group of one, sod": ("sod", {"group-size": 1}, ["--group-size"]),
     "temperature 0, sod": ("sod", {"temperature": 0}, ["--temperature"]),
     "unknown teacher, sod": ("sod", {"teacher": "chain-techer"}, ["chain-techer", "chain-teacher"]),
@@ -207,6 +216,7 @@ OWN = {
     },
     "skill_sd": {"ema": 2, "bank-size": 0, "minibatches": 0, "max-turns": 0, "sdl-coef": -1, "ucb": -1},
     "pi_distill": {"ema": 2, "eps": 1, "epochs": 0, "beta": -1, "kl-top": -1, "sft-steps": -1, "alpha-anneal": -1},
+    "rltf": {"gamma": -1, "sd-coef": -1, "sd-floor": -5, "fm-lambda": -1, "minibatches": 0, "critique-tokens": 0},
 }
 TOPK = {"top-k", "divergence-temperature"}
 for _method, _own in OWN.items():

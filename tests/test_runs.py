@@ -46,6 +46,7 @@ KINDS = {
     "scope_opd": ("scope_opd", {}),
     "uni_opd": ("uni_opd", {}),
     "skill_sd": ("skill_sd", {}),
+    "rltf": ("rltf", {}),
     "sod": ("sod", {}),
     "pi_distill": ("pi_distill", {}),
     "pi_distill, ema": ("pi_distill", {"algorithm": "opsd", "opsd-teacher": "ema", "epochs": 2}),
@@ -69,6 +70,11 @@ OWN = {
         "skill/bank",
         "skill/ever_solved",
     },
+    "rltf": {
+        f"rltf/{key}"
+        for key in ("tokens", "leaked", "second_share", "second_accuracy", "sd_advantage", "floored", "dropped")
+    }
+    | {"loss/rl", "loss/sd", "loss/fm", "policy/kl_old"},
     "sod": {"teacher/kl", "policy/kl_old", "sod/tool_calls", "sod/failed_calls", "sod/w_failed", "sod/d_clean_4"},
     "pi_distill": {"loss/student", "loss/kl", "pi/alpha", "pi/kl", "pi/penalty", "pi/hinted", "pi/live"},
 }
@@ -378,6 +384,8 @@ RESUMED = {
     "uni_opd minibatches, mask": ("uni_opd", {"minibatches": 2, "margin": "mask", "online-balance": "global"}),
     "skill_sd live, minibatches": ("skill_sd", {**MANY, "teacher-sync": "live", "minibatches": 2, "est": "pg"}),
     "skill_sd ema, full": ("skill_sd", {**MANY, "ema": 0.5, "est": "full", "ucb": 0.0}),
+    "rltf minibatches, ratio": ("rltf", {"minibatches": 2, "sd-ratio": "token_ppo", "sd-ramp": 3, "loss": "ppo"}),
+    "rltf both, self, lora": ("rltf", {"lora-rank": 4, "mode": "both", "critic": "self", "critique-tokens": 4}),
     "sod lora": ("sod", {"lora-rank": 4, "minibatches": 3}),
     "sod heuristic, bonus": ("sod", {"weighting": "heuristic", "tool-bonus": True, "loss-agg": "seq"}),
     "pi_distill lora, base, sft": ("pi_distill", {"lora-rank": 4, "reference": "base", "sft-steps": 2, "epochs": 2}),
@@ -437,6 +445,7 @@ ACCUMULATED = [
     ("scope_opd", {}), ("scope_opd", {"objective": "repo"}), ("scope_opd", {"kl": "topk", "reduction": "token_mean"}),
     ("skill_sd", MANY), ("skill_sd", {**MANY, "est": "full", "teacher-sync": "live"}),
     ("skill_sd", {**MANY, "est": "k3", "sdl-agg": "seq_sum", "minibatches": 2}),
+    ("rltf", {}), ("rltf", {"mode": "both", "loss-norm": "token", "minibatches": 2}), ("rltf", {"mode": "sft"}),
     ("sod", {}), ("sod", {"loss-agg": "seq", "ref-step": "mean", "minibatches": 3}), ("sod", {"weighting": "gated"}),
     ("pi_distill", {"alpha-anneal": 0}), ("pi_distill", {"alpha": 0.0, "agg": "seq", "kl-est": "rb", "epochs": 2}),
     ("pi_distill", {"algorithm": "opsd", "divergence": "jsd", "kl-top": 9, "opsd-teacher": "frozen", "agg": "const"}),
@@ -586,6 +595,7 @@ WITH = {  # flags under which a choice has anything to choose
     "pi_distill": {"opsd_kl": {"algorithm": "opsd"}, "divergence": {"algorithm": "opsd"}, "agg": {"temperature": 3.0},
                    "opsd_teacher": {"algorithm": "opsd", "lr": 0.01}, "student_denom": {"epochs": 2, "alpha_anneal": 0},
                    "reference": {"lr": 0.01, "alpha_anneal": 0}, "student_kl": {"alpha_anneal": 0}},
+    "rltf": {"loss": {"minibatches": 4, "lr": 0.02}, "mode": {"prompts_per_step": 16}},
 }  # fmt: skip
 
 
@@ -676,6 +686,11 @@ TOGETHER = [  # each either runs or is refused in a sentence
     ("skill_sd", {"summarizer": "self", "summary_tokens": 40}), ("skill_sd", {"summarizer": "addition-student"}),
     ("skill_sd", {"task": "chain", "summarizer": "self", "summary_tokens": 8}),
     ("skill_sd", {"reward": "random", "prompts_per_step": 1}), ("skill_sd", {"adv_grpo": 0.0, "sampler": "teacher"}),
+    ("rltf", {"lora_rank": 4, "dtype": "bfloat16", "mode": "both"}), ("rltf", {"max_new_tokens": 1, "sd_floor": 1e-6}),
+    ("rltf", {"task": "reasoning_gym:chain_sum", "critic": "self", "critique_tokens": 9, "mode": "fm"}),
+    ("rltf", {"task": "addition", "critic": "correctness", "eval_rounds": 1}), ("rltf", {"reward": "random"}),
+    ("rltf", {"prompts_per_step": 1, "group_size": 2, "minibatches": 2}), ("rltf", {"task": "addition"}),
+    ("rltf", {"mode": "both", "critic": "correctness", "sd_ratio": "sequence", "loss": "cispo", "format_coef": 0.0}),
     ("sod", {"coef": 0.0}), ("sod", {"max_turns": 1}), ("sod", {"max_new_tokens": 5}), ("sod", {"max_seconds": 1e-3}),
     ("sod", {"lora_rank": 4, "dtype": "bfloat16"}), ("sod", {"reward": "random", "weighting": "gated"}),
     ("sod", {"task": "chain:fault=0.5", "tool_bonus": True, "minibatches": 7}), ("sod", {"task": "addition"}),

@@ -22,6 +22,7 @@ FAMILIES = {
     "addition": ["addition-student", "addition-teacher"],
     "arithmetic": ["arithmetic-student", "arithmetic-add-teacher", "arithmetic-mul-teacher"],
     "lookup": ["lookup-student"],
+    "steps": ["steps-student"],
 }
 MODELS = [name for family in FAMILIES.values() for name in family]
 

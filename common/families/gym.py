@@ -52,3 +52,16 @@ class ReasoningGym(Procedural):
         if numeric:
             return float(grade == CORRECT)
         return grade if grade > max(0.01, self.score(example, "?")) else float(answer == example.answer)
+
+    def formed(self, example: Example, completion: str) -> bool:
+        """Whether there is anything to grade."""
+        return final_answer(completion, bool(NUMBER.fullmatch(example.answer))) != ""
+
+    def critique(self, example: Example, attempt: str) -> str:
+        """Of a wrong attempt, without the right answer: what was graded, and its partial credit."""
+        if not self.formed(example, attempt):
+            return "There is no final answer."
+        answer, grade = final_answer(attempt, bool(NUMBER.fullmatch(example.answer))), self.grade(example, attempt)
+        untagged = "" if "<answer>" in attempt else " It does not stand between <answer> tags."
+        earns = f" It earns {grade:.2f} of 1." if grade > 0 else ""
+        return f"The final answer {answer} is wrong.{earns}{untagged}" if grade < CORRECT else ""
