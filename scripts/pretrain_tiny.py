@@ -58,6 +58,8 @@ MAX_STEPS = 6000  # more than any recipe takes
 EXPERT = {"task": "arithmetic", "max_new_tokens": 20, "decay_below": 9.0}  # decays from the start
 EXPERT |= {"start": "arithmetic-student", "high_first": 0.4, "batch": 128}  # half of a batch is of the domain
 CHAIN = {"max_new_tokens": 120, "max_turns": 10, "width": 64}
+LOOKUP = {"max_new_tokens": 6, "batch": 128, "lr": 3e-3, "width": 64, "layers": 2}
+LOOKUP |= {"decay_below": 9.0, "decay_steps": 750}  # from the start
 FAMILIES = {
     "addition": {
         "addition-student": Recipe("addition", max_new_tokens=20, decay_below=0.5, decay_steps=150),
@@ -72,17 +74,9 @@ FAMILIES = {
         "chain-student": Recipe("chain:shown_fault=0.12", **CHAIN, decay_below=0.6, decay_steps=50),
         "chain-teacher": Recipe("chain", **CHAIN, decay_below=0.03, decay_steps=200),
     },
-    "lookup": {  # decays from the start
-        "lookup-student": Recipe(
-            "lookup:shown_hints=0.5",
-            max_new_tokens=6,
-            batch=128,
-            lr=3e-3,
-            decay_below=9.0,
-            decay_steps=750,
-            width=64,
-            layers=2,
-        ),
+    "lookup": {
+        "lookup-student": Recipe("lookup:shown_hints=0.5", **LOOKUP),
+        "lookup-doubter": Recipe("lookup:shown_hints=0.5,trust=0.7", **LOOKUP),
     },
     "sokoban": {  # decays from the start
         "sokoban-student": Recipe(

@@ -69,14 +69,33 @@ STUDIES = {
     },
     "lookup": {  # facts that a hint tells; Avg@k and greedy are without hints
         "pi-distill": ["pi_distill.py"],
-        "pi-shared": ["pi_distill.py", "--student-kl", "shared"],  # as Algorithm 1 has it
+        "pi-shared": ["pi_distill.py", "--student-kl", "shared"],  # as Algorithm 1 and the released code have it
         "pi-teacher-only": ["pi_distill.py", "--alpha", "1"],
         "pi-student-only": ["pi_distill.py", "--alpha", "0"],
+        "pi-student-only-shared": ["pi_distill.py", "--alpha", "0", "--student-kl", "shared"],
+        "pi-beta-0": ["pi_distill.py", "--beta", "0"],
+        "pi-sparse": ["pi_distill.py", "--hint", "sparse"],  # half of the hint
         "opsd": ["pi_distill.py", "--preset", "opsd"],
-        "opsd-frozen": ["pi_distill.py", "--preset", "opsd", "--opsd-teacher", "frozen", "--beta", "0.5"],
-        "opsd-live": ["pi_distill.py", "--preset", "opsd", "--beta", "0.5"],  # the paper's weight
+        "opsd-0.5": ["pi_distill.py", "--preset", "opsd", "--beta", "0.5"],  # the paper's weight
+        "opsd-frozen": ["pi_distill.py", "--preset", "opsd", "--opsd-teacher", "frozen"],
+        "opsd-frozen-0.5": ["pi_distill.py", "--preset", "opsd", "--opsd-teacher", "frozen", "--beta", "0.5"],
+        "opsd-sparse": ["pi_distill.py", "--preset", "opsd", "--hint", "sparse"],
         "grpo-lookup": ["pi_distill.py", "--preset", "grpo"],
         "sft-grpo": ["pi_distill.py", "--preset", "grpo", "--sft-steps", "40"],
+    },
+    "doubter": {  # the same facts with a model that follows seven hints in ten
+        arm: ["pi_distill.py", "--model", "lookup-doubter", *flags]
+        for arm, flags in {
+            "pi-distill": [],
+            "pi-shared": ["--student-kl", "shared"],
+            "pi-teacher-only": ["--alpha", "1"],
+            "pi-student-only": ["--alpha", "0"],
+            "opsd": ["--preset", "opsd"],
+            "opsd-0.5": ["--preset", "opsd", "--beta", "0.5"],
+            "opsd-frozen-0.5": ["--preset", "opsd", "--opsd-teacher", "frozen", "--beta", "0.5"],
+            "grpo-lookup": ["--preset", "grpo"],
+            "sft-grpo": ["--preset", "grpo", "--sft-steps", "40"],
+        }.items()
     },
     "sokoban": {  # 36 training levels, which is what headlines speak of
         "skill-sd": ["skill_sd.py"],
@@ -90,14 +109,17 @@ STUDIES = {
         "skill-naive": ["skill_sd.py", "--preset", "naive"],  # live, k3, coefficient 1
         "skill-sd-live-1": ["skill_sd.py", "--teacher-sync", "live", "--sdl-coef", "1"],  # the same with the weight
     },
-    "steps": {  # single and none are the paper's GRPO baselines; the sampled tokens of each are in the JSON
+    "steps": {  # single and none are the paper's GRPO baselines; sampled tokens, the other axis, are in the JSON
         "rltf-single": ["rltf.py", "--mode", "single"],
+        "rltf-single-16": ["rltf.py", "--mode", "single", "--group-size", "16"],  # twice the tries
         "rltf-none": ["rltf.py", "--mode", "none"],
         "rltf-sd": ["rltf.py"],
+        "rltf-sd-1": ["rltf.py", "--sd-coef", "1"],
         "rltf-sd-second": ["rltf.py", "--sd-baseline", "second"],  # as the released code comes out
         "rltf-sd-correctness": ["rltf.py", "--critic", "correctness"],
         "rltf-sft": ["rltf.py", "--mode", "sft"],
         "rltf-fm": ["rltf.py", "--mode", "fm"],
+        "rltf-fm-1": ["rltf.py", "--mode", "fm", "--fm-lambda", "1"],
     },
 }
 HEADLINES = {"sokoban": "skill/train_success"}  # study -> metric of its curves and target, else eval/accuracy

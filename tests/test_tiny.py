@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_tiny.py"
 FAMILIES = {
     "addition": ["addition-student", "addition-teacher"],
     "arithmetic": ["arithmetic-student", "arithmetic-add-teacher", "arithmetic-mul-teacher"],
-    "lookup": ["lookup-student"],
+    "lookup": ["lookup-student", "lookup-doubter"],
     "steps": ["steps-student"],
 }
 MODELS = [name for family in FAMILIES.values() for name in family]
