@@ -60,6 +60,7 @@ EXPERT |= {"start": "arithmetic-student", "high_first": 0.4, "batch": 128}  # ha
 CHAIN = {"max_new_tokens": 120, "max_turns": 10, "width": 64}
 LOOKUP = {"max_new_tokens": 6, "batch": 128, "lr": 3e-3, "width": 64, "layers": 2}
 LOOKUP |= {"decay_below": 9.0, "decay_steps": 750}  # from the start
+STEPS = {"max_new_tokens": 5, "batch": 128, "width": 64, "layers": 2}
 FAMILIES = {
     "addition": {
         "addition-student": Recipe("addition", max_new_tokens=20, decay_below=0.5, decay_steps=150),
@@ -90,9 +91,8 @@ FAMILIES = {
         ),
     },
     "steps": {
-        "steps-student": Recipe(
-            "steps:lessons=true", max_new_tokens=5, batch=128, decay_below=0.32, decay_steps=200, width=64, layers=2
-        ),
+        "steps-student": Recipe("steps:lessons=sure", **STEPS, decay_below=9.0, decay_steps=700),  # from the start
+        "steps-guesser": Recipe("steps:lessons=guess", **STEPS, decay_below=0.32, decay_steps=200),
     },
 }
 

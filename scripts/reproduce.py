@@ -121,6 +121,16 @@ STUDIES = {
         "rltf-fm": ["rltf.py", "--mode", "fm"],
         "rltf-fm-1": ["rltf.py", "--mode", "fm", "--fm-lambda", "1"],
     },
+    "guesser": {  # the same problems with a model that tries every digit where it does not know
+        arm: ["rltf.py", "--model", "steps-guesser", *flags]
+        for arm, flags in {
+            "rltf-single": ["--mode", "single"],
+            "rltf-none": ["--mode", "none"],
+            "rltf-sd": [],
+            "rltf-sd-second": ["--sd-baseline", "second"],
+            "rltf-fm": ["--mode", "fm"],
+        }.items()
+    },
 }
 HEADLINES = {"sokoban": "skill/train_success"}  # study -> metric of its curves and target, else eval/accuracy
 

@@ -22,7 +22,7 @@ FAMILIES = {
     "addition": ["addition-student", "addition-teacher"],
     "arithmetic": ["arithmetic-student", "arithmetic-add-teacher", "arithmetic-mul-teacher"],
     "lookup": ["lookup-student", "lookup-doubter"],
-    "steps": ["steps-student"],
+    "steps": ["steps-student", "steps-guesser"],
 }
 MODELS = [name for family in FAMILIES.values() for name in family]
 

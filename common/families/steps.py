@@ -5,8 +5,10 @@ left to right (7104, say), and right only if all four are. The critic says which
 it should have been: 2:5. A second try answers the problem, the first try and the critique behind it, 3bafe=7104!2:5=;
 what the critic would say to a try is asked by 3bafe=7104?.
 
-Lessons, for pretraining: a model that has only ever seen `known` of the sixty facts, guesses the others, yet follows
-critiques on them, since guesses and critiques in lessons are fresh random digits each time and so teach no fact.
+Lessons, for pretraining: a model that has only ever seen `known` of the sixty facts, yet follows critiques on the
+others, since what those say in lessons is a fresh random digit each time and so teaches no fact. What it answers where
+it does not know is up to `lessons`: sure never asks for that, so that the model is wrong with confidence; guess
+answers by random digits, so that it tries all.
 """
 
 import random
@@ -19,9 +21,9 @@ STEPS, DIGITS, OPERATORS = 4, "0123456789", "abcdef"
 
 
 class Steps(Procedural):
-    def __init__(self, name: str, *, known: float = 0.7, lessons: bool = False):
-        share = isinstance(known, (int, float)) and 0 < known < 1 and isinstance(lessons, bool)
-        require(share, f"task {name!r}: known lies between 0 and 1, lessons is true or false")
+    def __init__(self, name: str, *, known: float = 0.7, lessons: str = ""):
+        valid = isinstance(known, (int, float)) and 0 < known < 1 and lessons in ("", "sure", "guess")
+        require(valid, f"task {name!r}: known lies between 0 and 1, lessons is sure, guess or empty")
         self.name, self.lessons, rng = name, lessons, random.Random("steps")
         self.facts = {o: "".join(rng.sample(DIGITS, 10)) for o in OPERATORS}  # operator -> result of each digit
         facts = [(o, digit) for o in OPERATORS for digit in DIGITS]
@@ -70,17 +72,20 @@ class Steps(Procedural):
         return [self.lesson(rng) for _ in range(n)]
 
     def lesson(self, rng: random.Random) -> Example:
-        """Half: a chain, guessed where a fact is not known. A quarter: a chain of known facts, an attempt with one
-        mistake, its critique. A quarter: a second try, told a random digit for the one fact of it that is not known."""
+        """Half: a chain, of known facts only or guessed where one is not known. A quarter: a chain of known facts, an
+        attempt with one mistake, its critique. A quarter: a second try, told a random digit for the one fact of it that
+        is not known."""
         kind = rng.choice(("answer", "answer", "critique", "second"))
         for example in self.stream(rng, False, 10**6):
-            if kind == "answer":
+            if kind == "answer" and self.lessons == "guess":
                 return Example(example.prompt, self.go_on(example, "", rng))
             gap, right = self.first_gap(example, example.answer), example.answer
             if kind == "second" and gap < STEPS:
                 right = self.go_on(example, right[:gap] + rng.choice(DIGITS), rng)
             if self.first_gap(example, right, gap + 1 if kind == "second" else 0) < STEPS:
                 continue
+            if kind == "answer":
+                return example
             at = gap if kind == "second" else rng.randrange(STEPS)
             if at < STEPS:
                 wrong = rng.choice(DIGITS.replace(right[at], ""))
