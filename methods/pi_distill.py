@@ -12,6 +12,7 @@ N = sum m, sg = stop-gradient, and C(l, a) = min(e^l a, clip(e^l, 1 - eps, 1 + e
     (5)  L   = alpha L_T + (1 - alpha) L_S
     OPSD: S writes and is rewarded, T only scores                                                  --algorithm opsd
     (6)  L   = -sum m C(s - s_old, A) / N + beta sum m KL(S||sg T) / N,   A of (2) without K       --opsd-kl
+         (--opsd-kl reward: A with K, of s - t or of KL(S||T), and no other KL)
 
 At test nobody reads a hint. Differs from grpo.py in T, K and KL; from skill_sd.py in that T may write, and then learns.
 
@@ -27,20 +28,20 @@ Run: python methods/pi_distill.py        Expected: see the table of results in R
 """
 
 import math
-import random
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from posttrain.common.cli import cli, require
+from posttrain.common.environments.hints import hint_texts
 from posttrain.common.models import load_model, load_tokenizer, plain, prepare
-from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts
+from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, under_prompts
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, token_logps
-from posttrain.common.tasks import CORRECT, Example, Task, grade_all, make_reward, make_task
+from posttrain.common.tasks import CORRECT, Example, grade_all, make_reward, make_task
 from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
 from posttrain.kernels.divergence import linear_divergence
 from posttrain.kernels.logprob import linear_topk_logp
@@ -49,7 +50,7 @@ from posttrain.kernels.topk import linear_topk_divergence
 RELATIVE = {"algorithm": "opsd", "adv_coef": 0.0, "beta": 1.0, "divergence": "jsd"}
 PRESETS = {
     "none": {},
-    "paper": {"student_kl": "shared", "kl_agg": "sum", "epochs": 3, "temperature": 0.75},  # Algorithm 1 and Table 2
+    "paper": {"student_kl": "shared", "kl_agg": "sum", "epochs": 3, "temperature": 0.75, "drop_flat": True},  # Table 2
     "opsd": {"algorithm": "opsd", "beta": 0.1},
     "grpo": {"algorithm": "opsd", "beta": 0.0},  # nobody reads a hint
     "opsd_zhao": {**RELATIVE, "opsd_teacher": "frozen", "divergence_temperature": 1.1},  # 2601.18734
@@ -93,7 +94,7 @@ class Config:
     algorithm: Literal["pi", "opsd"] = "pi"  # who writes: the teacher (Eq. 1-5) or the student (Eq. 6)
     alpha: float = 0.5  # Eq. 5: 1 = teacher alone, 0 = student alone
     alpha_anneal: int = 40  # steps in which alpha rises from 0, unless it is 0 or 1 (paper: 15 epochs); 0 = at once
-    beta: float = 0.25  # weight of every KL (paper: 0.25, OPSD 0.5; here OPSD 0.1)
+    beta: float = 0.25  # weight of every KL (paper: 0.25, OPSD 0.5; --preset opsd: 0.1)
     hint: Literal["full", "sparse", "self", "none"] = "full"  # solution, less of it, written by the policy; none: T = S
     hint_column: str = "hint"  # of a file or datasets name, for full: else the task's demonstration
     hint_text: str = "For you alone, never to be mentioned: {hint}"  # the system message; tiny hints stand bare
@@ -117,10 +118,6 @@ class Config:
     agg: Literal["token", "seq", "const"] = "token"  # mean of tokens, of rows' means, over B L_max (verl)
     drop_flat: bool = False  # groups whose A are all 0 leave the step, KL and N included (paper)
     sft_steps: int = 0  # first steps: imitate the correct among T's responses; then as the other flags say
-
-
-PI = {"alpha", "alpha_anneal", "reference", "student_kl", "student_denom"}  # flags of Eq. 1-5 only
-OPSD = {"opsd_kl", "opsd_teacher", "adv_coef", "divergence", "jsd_beta", "kl_top", "ratio_cap"}  # of Eq. 6 only
 
 
 def group_means_off(reward: Tensor, group: Tensor) -> Tensor:
@@ -184,37 +181,34 @@ def score_both(student, teacher, rollout: Rollout, seen: Rollout, config: Config
 
 def with_hint(prompt: list[dict[str, str]], text: str) -> list[dict[str, str]]:
     """The teacher's prompt: the hint at the end of the system message, or as one."""
-    system, *rest = prompt if prompt[0]["role"] == "system" else [{"role": "system", "content": ""}, *prompt]
+    system, *rest = prompt if prompt[0].get("role") == "system" else [{"role": "system", "content": ""}, *prompt]
     return [{**system, "content": f"{system['content']}\n\n{text}".lstrip()}, *rest] if text else prompt
 
 
-def hint_texts(problems: list[Example], task: Task, writer, config: Config, key: tuple) -> list[str]:
-    """What the teacher reads of each problem, "" = nothing. writer: engine of the policy, for --hint self."""
-    if config.hint in ("full", "sparse") and hasattr(task, "privileged"):
-        return [task.privileged(example, config.hint) for example in problems]
-    rng, column, known = random.Random(seed_of(*key)), config.hint_column, []
-    for example in problems:
-        full = example.fields[column] if column in example.fields else task.demonstrate(example, rng)
-        known.append(str({"none": "", "sparse": example.answer}.get(config.hint, full) or ""))
-    if config.hint == "self":
-        ask = "Task:\n{}\n\nA solution of it:\n{}\n\nWrite a short hint that helps to solve the task."
-        asked = [ask.format(example.prompt[-1]["content"], told) for example, told in zip(problems, known, strict=True)]
-        asked = [Example([{"role": "user", "content": text}], "") for text in asked]
-        known = writer.generate(asked, 1, Sampling(config.temperature, 64), key).texts
-    return [told.strip() and config.hint_text.replace("{hint}", told.strip()) for told in known]
-
-
 def check(config: Config) -> None:
-    require(config.group_size > 1 or config.beta * (config.algorithm == "opsd"), "A needs --group-size of at least 2")
+    pi, direct = config.algorithm == "pi", config.opsd_kl == "direct"
+    pulls = config.student_kl == "direct" and config.alpha == 0 if pi else config.opsd_kl != "reward"
+    pulls = pulls and config.beta > 0 and config.hint != "none"  # a KL outside of R, which needs no group
+    require(config.group_size > 1 or pulls, "A needs --group-size of at least 2")
+    require(pi or pulls or config.adv_coef > 0, "--adv-coef 0 needs --beta, a --hint and no --opsd-kl reward")
     require(config.temperature * config.divergence_temperature > 0, "--temperature, --divergence-temperature: above 0")
     shares = max(config.alpha, config.ema) <= 1 and 0 < config.jsd_beta < 1 and config.eps < 1
     require(shares, "--alpha and --ema must lie in [0, 1], --jsd-beta in (0, 1), --eps below 1")
+    require("{hint}" in config.hint_text, "--hint-text lacks {hint}, the place of the hint")
     require(config.hint != "none" or not config.require_hint, "--require-hint leaves out everything with --hint none")
     average = config.opsd_teacher == "ema" and config.lora_rank > 0
     require(not average, "--opsd-teacher ema averages full weights: it needs --lora-rank 0")
-    foreign, other = (OPSD, "opsd") if config.algorithm == "pi" else (PI, "pi")
-    idle = [f.name for f in fields(config) if f.name in foreign and getattr(config, f.name) != f.default]
-    require(not idle, f"--{' --'.join(idle).replace('_', '-')}: acts with --algorithm {other} only")
+    needs = {
+        "--algorithm pi": (pi, "alpha alpha_anneal reference student_kl student_denom"),
+        "--algorithm opsd": (not pi, "opsd_kl opsd_teacher adv_coef divergence jsd_beta kl_top ratio_cap ema"),
+        "--opsd-kl direct": (pi or direct, "divergence kl_top divergence_temperature"),
+        "--opsd-kl direct or sampled": (config.opsd_kl != "reward", "ratio_cap"),
+        "--divergence jsd": (config.divergence == "jsd", "jsd_beta"),
+        "--opsd-teacher ema": (config.opsd_teacher == "ema", "ema"),
+    }
+    for need, (given, names) in needs.items():
+        idle = [name for name in names.split() if getattr(config, name) != getattr(Config, name)]
+        require(given or not idle, f"--{' --'.join(idle).replace('_', '-')}: acts with {need} only")
 
 
 def main(config: Config) -> None:
@@ -231,12 +225,12 @@ def main(config: Config) -> None:
     run = Run(config, "pi_distill")
     parts = {"policy": policy, "optimizer": optimizer} | ({"teacher": teacher} if config.opsd_teacher == "ema" else {})
     tau, hot, pad = config.temperature, config.temperature * config.divergence_temperature, tokenizer.pad_token_id
-    sampling = Sampling(tau, config.max_new_tokens)
+    sampling, brief = Sampling(tau, config.max_new_tokens), Sampling(tau, 64)  # of a response, of a hint
     room = (getattr(plain(policy).config, "max_position_embeddings", None) or math.inf) - config.max_new_tokens
 
     def tell(problems: list[Example], *key: int) -> tuple[list[Example], list[bool]]:
         """The problems as T reads them, and whether with a hint: one that leaves no room to answer is none."""
-        texts = hint_texts(problems, task, engine, config, key)
+        texts = hint_texts(problems, task, config, engine, brief, key)
         told = [replace(e, prompt=with_hint(e.prompt, text)) for e, text in zip(problems, texts, strict=True)]
         hinted = [bool(text) and len(encode(tokenizer, e.prompt)) <= room for e, text in zip(told, texts, strict=True)]
         return [b if there else a for a, b, there in zip(problems, told, hinted, strict=True)], hinted
@@ -276,21 +270,21 @@ def main(config: Config) -> None:
 
         # --- weigh
         mask, group, rewards = rollout.loss_mask, rollout.group, 2 * rollout.reward - 1
-        kl = k.sum(1) / (mask.sum(1).clamp(min=1) if config.kl_agg == "mean" else 1)  # [N], K
+        reads = torch.tensor(hinted, device=device)[group, None]  # [N, 1]; elsewhere T = S: no K, nothing to distil
+        kl = (k * reads).sum(1) / (mask.sum(1).clamp(min=1) if config.kl_agg == "mean" else 1)  # [N], K
         shaped = rewards - config.beta * kl if pi or config.opsd_kl == "reward" else rewards
         advantages = group_means_off(shaped, group)  # [N]
         shared = not pi or config.student_kl == "shared"
         student_advantages = advantages if shared else group_means_off(rewards, group)
         live = torch.isin(group, group[advantages.abs() >= 1e-8])
-        mask = mask * live[:, None] if config.drop_flat else mask
+        mask = mask * live[:, None] if config.drop_flat and not sft else mask
         mask = mask * (rollout.reward == CORRECT)[:, None] if sft else mask
         w = mask * row_weights(mask, config.agg, config.max_new_tokens)[:, None]  # [N, T], m / N
-        taught = torch.tensor(hinted, device=device)[group, None] * w  # without a hint there is nothing to distil
 
         # --- update
         stats, metrics = Stats(), rollout_metrics(rollout, reward, task)
         rising = 0 < config.alpha < 1 and config.alpha_anneal > 0
-        alpha = config.alpha * (min(1.0, (step - 1) / config.alpha_anneal) if rising else 1)
+        alpha = config.alpha * (min(1.0, max(0, step - 1 - config.sft_steps) / config.alpha_anneal) if rising else 1)
         teaches, studies = pi and alpha > 0 and not sft, not pi or alpha < 1 or sft
         share = 1.0 if sft else 1 - alpha if pi else config.adv_coef
         distils = config.beta > 0 and (studies and config.student_kl == "direct" if pi else config.opsd_kl != "reward")
@@ -299,9 +293,10 @@ def main(config: Config) -> None:
         for _ in range(config.epochs):
             for rows in micro_batches(seen, config.micro_batch_tokens):
                 batch, view, m, old, losses = rollout[rows], seen[rows], mask[rows], old_logps[rows], {}
-                with torch.set_grad_enabled(teaches):
-                    theirs = sampled_hidden(teacher, view)
-                    t, entropy = (carry(x, view, batch) for x in token_logps(teacher, view, tau, hidden=theirs))
+                if pi or sft or distils:  # else nobody asks what T says
+                    with torch.set_grad_enabled(teaches):
+                        theirs = sampled_hidden(teacher, view)
+                        t, entropy = (carry(x, view, batch) for x in token_logps(teacher, view, tau, hidden=theirs))
                 if teaches:  # Eq. 3
                     token_loss = clipped_loss(t - old, advantages[rows], m, config.eps)
                     losses["teacher"] = alpha * (token_loss * w[rows]).sum()
@@ -319,7 +314,7 @@ def main(config: Config) -> None:
                         token_kl = scatter(vocabulary_kl(policy, hidden, teacher, theirs, *how), batch)
                     if config.ratio_cap:
                         token_kl = token_kl * (s - old).detach().exp().clamp(max=config.ratio_cap)
-                    losses["kl"] = config.beta * (share if pi else 1) * (token_kl * taught[rows]).sum()
+                    losses["kl"] = config.beta * (share if pi else 1) * (token_kl * (reads * w)[rows]).sum()
                 losses["total"] = sum(losses.values())
                 if learns:
                     losses["total"].backward()

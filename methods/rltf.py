@@ -15,9 +15,10 @@ critique is predicted. --mode none is (2) alone, single GRPO without a second tr
 Differs from skill_sd.py in that what was read is used through samples and rewards, not through a teacher's log-probs.
 
 Good to know
-- (3) ignores that y1 came from x1 (rho starts at 1): biased by design, --sd-ratio sequence is the unbiased form.
+- (3) ignores that y1 came from x1 (rho starts at 1), biased by design; unbiased is --sd-ratio sequence --sd-floor 0.
 - Where all first tries fail and all second ones succeed, (1) is 0 everywhere and (3) is not: the case it exists for.
-- A critic that knows the answer teaches it: say who the critic is. rltf/leaked is how often it gave the answer away.
+- A critic that knows the answer teaches it: say who the critic is. rltf/leaked is how often its words held the answer.
+- With --critic self, (4) has an expected gradient of 0 where critic and (4) read the same prompt, as on the tiny task.
 
 Run: python methods/rltf.py        Expected: see the table of results in README.md.
 """
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 
 from posttrain.common.cli import UserError, cli, require
-from posttrain.common.environments.critics import BLANK, criticise, is_model
+from posttrain.common.environments.critics import BLANK, ask, criticise, is_model, tells
 from posttrain.common.models import load_model, load_tokenizer, plain, prepare
 from posttrain.common.rollout import (
     ENGINES,
@@ -52,14 +53,8 @@ from posttrain.common.tasks import CORRECT, Example, Task, grade_all, make_rewar
 from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
 
 PROMPTS = {
-    "second_prompt": """{question}
-
-An earlier attempt:
-{attempt}
-
-What is wrong with it: {critique}
-
-Solve the task again from the start, in an answer that stands alone: mention neither the attempt nor the critique.""",
+    "second_prompt": "{question}\n\nAn earlier attempt:\n{attempt}\n\nWhat is wrong with it: {critique}\n\nSolve the "
+    "task again from the start, in an answer that stands alone: mention neither the attempt nor the critique.",
     "critic_prompt": "{question}\n\nAn attempt:\n{attempt}\n\nCritique:",
 }
 
@@ -68,7 +63,7 @@ Solve the task again from the start, in an answer that stands alone: mention nei
 class Config:
     model: str = "steps-student"  # folder, hub name, or a built-in tiny model
     task: str = "steps"  # steps, addition, reasoning_gym:NAME, gsm8k, file.jsonl, or a datasets name
-    reward: str = "task"  # task, random (control: must not help), or path/to/file.py:function
+    reward: str = "task"  # task, random, or path/to/file.py:function; less than 1 is wrong
     prompt_column: str = "prompt"  # of a file or datasets name
     answer_column: str = "answer"  # of a file or datasets name
     steps: int = 200  # batches sampled
@@ -101,7 +96,7 @@ class Config:
     critique_tokens: int = 100  # most tokens of its critique
     adv_grpo: float = 1.0  # weight of Eq. 2
     gamma: float = 0.1  # share of the second try's reward in the first one's return
-    loss: Literal["importance_sampling", "ppo", "cispo"] = "importance_sampling"  # of Eq. 2 and 3
+    loss: Literal["importance_sampling", "ppo", "cispo"] = "importance_sampling"  # of Eq. 2, and 3 without token ratio
     eps_lo: float = 0.2  # lower clip of rho for ppo and cispo
     eps_hi: float = 0.2  # upper clip
     minibatches: int = 1  # optimizer steps a batch
@@ -111,7 +106,7 @@ class Config:
     sd_ratio: Literal["none", "token", "token_ppo", "token_cispo", "sequence"] = "none"  # rho of Eq. 3
     sd_floor: float = 5.0  # tokens of y1 with log p < -floor under x0 carry no loss (released code); 0 = off
     fm_lambda: float = 0.1  # weight of Eq. 4
-    format_coef: float = 0.1  # minus the reward of a try that has no form, or no end; 0 = off
+    format_coef: float = 0.1  # what a try loses that has no form, or no end, and all that it earned; 0 = off
     loss_norm: Literal["batch", "sum", "token"] = "batch"  # Eq. 5: N, 1 (released code), or all tokens with a loss
     eval_rounds: int = 0  # at evaluations also let the policy criticise and correct itself so often
 
@@ -192,8 +187,12 @@ def prompt_of(kind: str, task: Task, example: Example, **facts: str) -> list[dic
 def check(config: Config) -> None:
     require(config.group_size > 1, "a group's mean is the baseline: --group-size must be at least 2")
     require(config.temperature > 0, "greedy tries are all equal, no signal: --temperature must be above 0")
-    shaped = config.mode in ("sd", "both") or (config.sd_baseline, config.sd_ratio) == ("first", "none")
-    require(shaped, f"--sd-baseline and --sd-ratio shape Eq. 3, which --mode {config.mode} does not have")
+    require(config.minibatches <= config.prompts_per_step * config.group_size, "--minibatches exceeds the first tries")
+    uses = {"sd_baseline": "sd both", "sd_ratio": "sd both", "sd_floor": "sd both", "sd_coef": "sd both sft",
+            "sd_ramp": "sd both sft", "fm_lambda": "fm both", "gamma": "none sd fm both sft"}  # fmt: skip
+    for flag, modes in uses.items():
+        acts = config.mode in modes.split() or getattr(config, flag) == getattr(Config, flag)
+        require(acts, f"--{flag.replace('_', '-')} has nothing to act on in --mode {config.mode}, but in {modes}")
 
 
 def main(config: Config) -> None:
@@ -218,22 +217,23 @@ def main(config: Config) -> None:
     has_form = getattr(task, "formed", lambda example, text: True)
 
     def grade(rollout: Rollout) -> None:
-        """Fills in rewards, -format_coef for a try that was cut short or lacks the form of an answer."""
+        """Fills in rewards: at most 0, minus format_coef, for a try that was cut short or lacks an answer's form."""
         rollout.reward = torch.tensor(grade_all(reward, rollout.examples, rollout.texts), device=device)
         if config.format_coef:
             pairs = zip(rollout.examples, rollout.texts, strict=True)
             formed = rollout.finished & torch.tensor([has_form(*pair) for pair in pairs], device=device)
-            rollout.reward = torch.where(formed, rollout.reward, -config.format_coef)
+            rollout.reward = torch.where(formed, rollout.reward, rollout.reward.clamp(max=0) - config.format_coef)
 
-    def second_prompts(examples: list, attempts: list, critiques: list) -> list[list[dict[str, str]]]:
-        facts = zip(examples, attempts, critiques, strict=True)
-        return [prompt_of("second_prompt", task, e, attempt=y, critique=c or BLANK) for e, y, c in facts]
-
-    def retries(examples: list, attempts: list, key: tuple) -> list[tuple[int, str, list]]:
-        """For each wrong attempt whose second prompt the context holds: its index, its critique, that prompt."""
-        told = criticise(config.critic, writer, task, examples, attempts, brief, key)
-        every = zip(itertools.count(), told, second_prompts(examples, attempts, told), strict=False)
+    def retries(examples: list, attempts: list, told: list[str]) -> list[tuple[int, str, list]]:
+        """For each attempt whose second prompt the context holds: its index, its critique, that prompt."""
+        facts = zip(itertools.count(), examples, attempts, told, strict=False)
+        every = [(i, c, prompt_of("second_prompt", task, e, attempt=y, critique=c or BLANK)) for i, e, y, c in facts]
         return [each for each in every if len(encode(tokenizer, each[2])) + config.max_new_tokens <= context]
+
+    def about(examples: list, attempts: list) -> list[Example]:
+        """f(x0, y0): what asks for a critique."""
+        facts = zip(examples, attempts, strict=True)
+        return [replace(e, prompt=prompt_of("critic_prompt", task, e, attempt=y)) for e, y in facts]
 
     def examine(step: int) -> dict[str, float]:
         """Held-out evaluation of first tries; of second ones behind a critique, where the greedy first one is wrong."""
@@ -242,15 +242,17 @@ def main(config: Config) -> None:
         texts = engine.generate(problems, 1, greedy, (config.seed, 0, 2)).texts
         wrong = [(e, text) for e, text in zip(problems, texts, strict=True) if task.grade(e, text) != CORRECT]
         examples, attempts = [e for e, _ in wrong], [text for _, text in wrong]
-        again = [replace(examples[i], prompt=x) for i, _, x in retries(examples, attempts, (config.seed, 0, 3))]
+        told = criticise(config.critic, writer, task, examples, attempts, brief, (config.seed, 0, 3))
+        again = [replace(examples[i], prompt=x1) for i, _, x1 in retries(examples, attempts, told)]
         if again:
             goal = run.evaluate(step, engine, task, "its second try", again)
             metrics["rltf/second_heldout"] = goal["eval/accuracy"]
             metrics |= {f"teacher/{key}": value for key, value in goal.items() if step == 0}
         for k in range(1, config.eval_rounds + 1):  # its own critic, on all problems
-            told = criticise("self", engine, task, problems, texts, brief, (config.seed, 0, 3 + k))
-            starts = [encode(tokenizer, x1) for x1 in second_prompts(problems, texts, told)]
-            texts = engine.generate(problems, 1, greedy, (config.seed, 0, 2), starts).texts
+            told = ask(engine, about(problems, texts), brief, (config.seed, 0, 3 + k))
+            asked = {i: replace(problems[i], prompt=x1) for i, _, x1 in retries(problems, texts, told)}
+            tries = engine.generate([*asked.values()], 1, greedy, (config.seed, 0, 2)).texts if asked else []
+            texts = [dict(zip(asked, tries, strict=True)).get(i, text) for i, text in enumerate(texts)]
             right = [task.grade(e, text) == CORRECT for e, text in zip(problems, texts, strict=True)]
             metrics[f"rltf/round_{k}"] = sum(right) / len(right)
         return metrics
@@ -266,7 +268,8 @@ def main(config: Config) -> None:
         grade(first)
         wrong = (first.reward < CORRECT).nonzero().squeeze(1)  # not where it is not a number
         tried = first[wrong] if config.mode != "single" else first[wrong[:0]]
-        retry = retries(tried.examples, tried.texts, (config.seed, step, 1))
+        told = criticise(config.critic, writer, task, tried.examples, tried.texts, brief, (config.seed, step, 1))
+        retry = retries(tried.examples, tried.texts, told)
         again = wrong[[i for i, _, _ in retry]]  # [N2], the first tries that have a second one
         second = tried[again[:0]]
         if retry:
@@ -291,23 +294,23 @@ def main(config: Config) -> None:
         sampled = concat([first, second], pad) if retry else first
         owner = torch.cat([torch.arange(len(first), device=device), again])
         terms = [Term("rl", sampled, owner, config.adv_grpo * torch.cat([a0, a1[again]]), config.loss)]
-        if distils:
-            grown = min(1.0, (step - 1) / max(1, config.sd_ramp - 1)) if config.sd_ramp else 1.0
+        grown = min(1.0, (step - 1) / max(1, config.sd_ramp - 1)) if config.sd_ramp else 1.0
+        if distils and grown * config.sd_coef:
             terms.append(distilled(bare, bare_logps, a_sd[again], again, grown * config.sd_coef, config))
             floored = 1 - (terms[-1].rows.loss_mask.sum() / bare.loss_mask.sum()).item()
-        told = [(i, critique) for i, critique, _ in retry if critique] * (config.mode in ("fm", "both"))
-        if told:  # Eq. 4
-            tries = [(tried.examples[i], tried.texts[i]) for i, _ in told]
-            asked = [replace(e, prompt=prompt_of("critic_prompt", task, e, attempt=y)) for e, y in tries]
-            rows = to_device(written(tokenizer, asked, [critique for _, critique in told]), device)
-            held = (rows.attention_mask.sum(1) <= context) * config.fm_lambda
-            terms.append(Term("fm", rows, wrong[[i for i, _ in told]], held, "nll"))
+        heard = [(i, critique) for i, critique, _ in retry if critique and config.mode in ("fm", "both")]
+        if heard and config.fm_lambda:  # Eq. 4
+            asked = about([tried.examples[i] for i, _ in heard], [tried.texts[i] for i, _ in heard])
+            rows = to_device(written(tokenizer, asked, [critique for _, critique in heard]), device)
+            every = torch.full((len(heard),), config.fm_lambda, device=device)
+            terms.append(Term("fm", rows, wrong[[i for i, _ in heard]], every, "nll"))
 
         # --- update
-        stats, metrics = Stats(), rollout_metrics(first, reward, task)
+        stats, metrics = Stats(), rollout_metrics(first, reward if not config.format_coef else None, task)
         learns = any(bool(term.weight.any()) for term in terms)
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
-        for k, part in enumerate(torch.randperm(len(first), generator=shuffle).to(device).chunk(config.minibatches)):
+        order = torch.randperm(len(first), generator=shuffle).to(device)
+        for k, part in enumerate(order.tensor_split(config.minibatches)):
             c = 1 / normaliser(terms, part, config.loss_norm)
             for term in terms:
                 mine = torch.isin(term.owner, part).nonzero().squeeze(1)
@@ -329,8 +332,7 @@ def main(config: Config) -> None:
 
         # --- log, evaluate and save
         state["tokens"] += int(sampled.loss_mask.sum())
-        n2, which = max(1, len(retry)), [(tried.examples[i], critique) for i, critique, _ in retry]
-        leaked = sum(example.fields.get("reveals", example.answer) in critique for example, critique in which)
+        n2, leaked = max(1, len(retry)), sum(tells(tried.examples[i], critique) for i, critique, _ in retry)
         metrics |= {"loss/sd": 0.0, "loss/fm": 0.0, "rltf/tokens": state["tokens"], "rltf/leaked": leaked / n2}
         metrics |= {"rltf/second_share": len(retry) / len(first), "rltf/dropped": len(tried) - len(retry)}
         metrics |= {"rltf/second_accuracy": (second.reward == CORRECT).sum().item() / n2}

@@ -176,6 +176,12 @@ FLAGS = {
     "a flag of pi": ("pi_distill", {"algorithm": "opsd", "alpha": 0.1}, ["--alpha", "--algorithm pi"]),
     "an average of adapters, opsd": (
         "pi_distill", {"preset": "opsd", "opsd-teacher": "ema", "lora-rank": 4}, ["--opsd-teacher", "--lora-rank"]),
+    "nothing to learn from": ("pi_distill", {"preset": "opsd_zhao", "opsd-kl": "reward"}, ["--adv-coef", "--opsd-kl"]),
+    "no KL and no group": ("pi_distill", {"preset": "opsd", "hint": "none", "group-size": 1}, ["--group-size"]),
+    "a hint without its place": ("pi_distill", {"hint-text": "hello"}, ["--hint-text", "{hint}"]),
+    "no such hint column": ("pi_distill", {"task": "addition", "hint-column": "trce"}, ["--hint-column", "trce"]),
+    "an average that is none": ("pi_distill", {"preset": "opsd", "ema": 0.1}, ["--ema", "--opsd-teacher ema"]),
+    "a mixture that is none": ("pi_distill", {"preset": "opsd", "jsd-beta": 0.1}, ["--jsd-beta", "--divergence jsd"]),
     "no hints at all": ("pi_distill", {"hint": "none", "require-hint": True}, ["--require-hint"]),
     "unknown hint": ("pi_distill", {"hint": "answer"}, ["answer", "sparse"]),
     "share out of range, lookup": ("pi_distill", {"task": "lookup:trust=2"}, ["trust=2", "shares"]),

@@ -206,7 +206,7 @@ def test_a_method_has_150_to_350_lines(path):
     assert 150 <= len(path.read_text().splitlines()) <= 350
 
 
-@pytest.mark.parametrize(("folder", "most"), [("common", 1200), ("common/environments", 850), ("common/families", 800)])
+@pytest.mark.parametrize(("folder", "most"), [("common", 1200), ("common/environments", 900), ("common/families", 800)])
 def test_common_is_thin(folder, most):
     """Plumbing; episodes and tools; the embedded tasks."""
     assert 0 < sum(len(path.read_text().splitlines()) for path in (ROOT / folder).glob("*.py")) <= most

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from posttrain.common.cli import UserError
+from posttrain.common.environments.hints import hint_texts
 from posttrain.common.families.lookup import FACTS, OPERATORS, TAUGHT, Lookup
 from posttrain.common.models import load_model, load_tokenizer
 from posttrain.common.rollout import HFEngine, encode
@@ -21,7 +22,6 @@ from posttrain.methods.pi_distill import (
     Config,
     clipped_loss,
     group_means_off,
-    hint_texts,
     row_weights,
     vocabulary_kl,
     with_hint,
@@ -176,32 +176,40 @@ class Told:
 
 def test_where_hints_come_from():
     user = [{"role": "user", "content": "q?"}]
-    rows = [Example(user, "7", {"hint": "seven", "tip": None}), Example(user, "8", {})]
+    rows = [Example(user, "7", {"hint": "seven", "tip": None}), Example(user, "8", {"tip": 0})]
     text = "For you alone, never to be mentioned: {}"
-    ask = lambda **flags: hint_texts(rows, Told(), None, Config(**flags), (0,))  # noqa: E731
+    ask = lambda **flags: hint_texts(rows, Told(), Config(**flags), None, None, (0,))  # noqa: E731
     assert ask() == [text.format("seven"), text.format("because 8")]
     assert ask(hint="sparse") == [text.format("7"), text.format("8")]
     assert ask(hint="none") == ["", ""]
-    assert ask(hint_column="tip") == ["", text.format("because 8")]
+    assert ask(hint_column="tip") == ["", text.format("0")]
+    with pytest.raises(UserError, match=r"--hint-column .tpi.: the data has .*tip"):
+        ask(hint_column="tpi")
     assert ask(hint_text="<{hint}>{") == ["<seven>{", "<because 8>{"]
     lookup = make_task("lookup")
     example = lookup.draw(1, 0)[0]
-    assert hint_texts([example], lookup, None, Config(), (0,)) == [f"[{example.answer}]"]
+    assert hint_texts([example], lookup, Config(), None, None, (0,)) == [f"[{example.answer}]"]
     a = example.answer
-    assert hint_texts([example], lookup, None, Config(hint="sparse"), (0,)) == [f"[{a[0]}.{a[2]}.]"]
+    assert hint_texts([example], lookup, Config(hint="sparse"), None, None, (0,)) == [f"[{a[0]}.{a[2]}.]"]
 
 
 def test_the_policys_own_hint_is_written_from_problem_and_solution():
     class Writer:
+        model, tokenizer = load_model(MODEL, CPU), load_tokenizer(MODEL)
+
         def generate(self, asked, n, sampling, key):
             self.asked = [text_of(example) for example in asked]
             return SimpleNamespace(texts=["  look left \n", " "])
 
     writer, user = Writer(), [{"role": "user", "content": "where?"}]
     rows = [Example(user, "left", {"hint": "it is left"}), Example(user, "right", {})]
-    found = hint_texts(rows, Told(), writer, Config(hint="self", hint_text="({hint})"), (0,))
+    found = hint_texts(
+        rows, Told(), Config(hint="self", hint_text="({hint})"), writer, pi_distill.Sampling(1.0, 64), (0,)
+    )
     assert found == ["(look left)", ""]
     assert "where?" in writer.asked[0] and "it is left" in writer.asked[0] and "because right" in writer.asked[1]
+    long = [Example(user, "left", {"hint": "left " * 99})]
+    assert hint_texts(long, Told(), Config(hint="self"), writer, pi_distill.Sampling(1.0, 64), (0,)) == [""]
 
 
 # --- whole steps against float64
@@ -256,6 +264,11 @@ def even(folder):
     return f"{folder}/even.py:even"
 
 
+def rows_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def log_probs(model, prompt, response, tau):
     """[T, V] float64: the distributions that predict the response behind the prompt."""
     return (model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / tau).log_softmax(-1)
@@ -287,8 +300,10 @@ def expected_gradient(spy, at):
     for i in range(n_rows):
         example = rollout.examples[i]
         plain = tok(text_of(example))["input_ids"]
-        digits = example.answer if c.hint == "full" else f"{example.answer[0]}.{example.answer[2]}."
-        told = tok((f"[{digits}]" if c.hint != "none" else "") + text_of(example))["input_ids"]
+        digits = example.fields.get("hint", example.answer) or ""  # of a file: maybe none
+        if c.hint != "full":
+            digits = "" if c.hint == "none" else f"{digits[0]}.{digits[2]}."
+        told = tok((f"[{digits}]" if digits else "") + text_of(example))["input_ids"]
         y = rollout.tokens[i][rollout.loss_mask[i] > 0].tolist()
         r = 2.0 * float(rollout.texts[i][:1] in list("02468")) - 1
         with torch.no_grad():
@@ -299,8 +314,18 @@ def expected_gradient(spy, at):
             k = (full_t.exp() * (full_t - full_s)).sum(1) if pi else (full_s.exp() * (full_s - full_t)).sum(1)
         elif not pi:
             k = -k
-        kl = k.sum() if c.kl_agg == "sum" else k.mean()
-        rows.append({"plain": plain, "told": told, "y": y, "r": r, "kl": kl, "old": t_old if pi or sft else s_old})
+        kl = (k.sum() if c.kl_agg == "sum" else k.mean()) * bool(digits)
+        rows.append(
+            {
+                "plain": plain,
+                "told": told,
+                "y": y,
+                "r": r,
+                "kl": kl,
+                "reads": bool(digits),
+                "old": t_old if pi or sft else s_old,
+            }
+        )
     for i, row in enumerate(rows):
         mates = [rows[j] for j in range(n_rows) if rollout.group[j] == rollout.group[i]]
         in_reward = pi or c.opsd_kl == "reward"
@@ -311,10 +336,16 @@ def expected_gradient(spy, at):
         row["in"] = not sft or row["r"] == 1
     for i, row in enumerate(rows):
         mates = [rows[j] for j in range(n_rows) if rollout.group[j] == rollout.group[i]]
-        row["in"] &= not c.drop_flat or any(abs(float(x["a"])) >= 1e-8 for x in mates)
+        row["live"] = any(abs(float(x["a"])) >= 1e-8 for x in mates)
+        row["in"] &= sft or not c.drop_flat or row["live"]
 
+    mean = lambda values: sum(map(float, values)) / n_rows  # noqa: E731
+    logged = {"pi/kl": mean(x["kl"] for x in rows), "pi/live": mean(x["live"] for x in rows)}
+    logged["pi/penalty"] = c.beta * mean(abs(x["kl"]) for x in rows)
     kept = [row for row in rows if row["in"]]
-    alpha = c.alpha * (min(1, (step - 1) / c.alpha_anneal) if c.alpha_anneal and 0 < c.alpha < 1 else 1)
+    alpha = c.alpha * (
+        min(1, max(0, step - 1 - c.sft_steps) / c.alpha_anneal) if c.alpha_anneal and 0 < c.alpha < 1 else 1
+    )
     loss = torch.zeros((), dtype=torch.float64)
     for row in kept:
         weight = {
@@ -345,7 +376,7 @@ def expected_gradient(spy, at):
             elif pi:
                 start = t.detach() if c.student_denom == "current" else old
                 token_s = surrogate(s - start, row["a_s"])
-                token_s = token_s + (c.beta * forms["forward_kl"] if c.student_kl == "direct" else 0)
+                token_s = token_s + (c.beta * row["reads"] * forms["forward_kl"] if c.student_kl == "direct" else 0)
                 token = alpha * surrogate(t - old, row["a"]) + (1 - alpha) * token_s
             else:
                 kl = forms[c.divergence]
@@ -354,10 +385,10 @@ def expected_gradient(spy, at):
                 if c.ratio_cap:
                     kl = kl * (s - old).detach().exp().clamp(max=c.ratio_cap)
                 token = c.adv_coef * surrogate(s - old, row["a_s"]) + c.beta * kl * (
-                    c.opsd_kl != "reward" and c.hint != "none"
+                    c.opsd_kl != "reward" and row["reads"]
                 )
             loss = loss + weight * token
-    return torch.autograd.grad(loss, list(policy.parameters())), loss.item()
+    return torch.autograd.grad(loss, list(policy.parameters())), {**logged, "loss/total": loss.item()}
 
 
 OPSD = {"algorithm": "opsd", "beta": 0.1}
@@ -382,17 +413,41 @@ STEPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("given", STEPS.values(), ids=STEPS.keys())
-def test_loss_and_gradient_of_the_second_step_equal_the_float64_reference(given, tmp_path):
-    spy = Spy(tmp_path / "run", **given, reward=even(tmp_path))
+def check_step(spy):
     at = len(spy.grads) - 1
-    expected, loss = expected_gradient(spy, at)
+    expected, logged = expected_gradient(spy, at)
     norm = math.sqrt(sum(float((g**2).sum()) for g in expected))
     off = math.sqrt(sum(float((g - (0 if x is None else x.double())).pow(2).sum())
                         for g, x in zip(expected, spy.grads[at], strict=True)))  # fmt: skip
     assert norm > 1e-4 and off / norm < 2e-4
-    if spy.config.epochs == 1:
-        assert spy.metrics[-1]["loss/total"] == pytest.approx(loss, abs=2e-5)
+    for key, value in logged.items():
+        if spy.config.epochs == 1 or key != "loss/total":
+            assert spy.metrics[-1][key] == pytest.approx(value, abs=2e-5), key
+    for row in (spy.metrics[0], spy.metrics[-1]):
+        assert row["pi/utility"] == pytest.approx(row["teacher/eval/accuracy"] - row["eval/accuracy"])
+
+
+@pytest.mark.parametrize("given", STEPS.values(), ids=STEPS.keys())
+def test_loss_and_gradient_of_the_second_step_equal_the_float64_reference(given, tmp_path):
+    check_step(Spy(tmp_path / "run", **given, reward=even(tmp_path)))
+
+
+MIXED = [
+    {}, {"reference": "base"}, {"student_kl": "shared", "kl_agg": "sum"}, {"drop_flat": True}, OPSD,
+    {**OPSD, "opsd_teacher": "frozen"}, {**OPSD, "beta": 0.5, "opsd_teacher": "frozen", "opsd_kl": "reward"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("given", MIXED, ids=str)
+def test_where_some_problems_have_no_hint_those_are_plain_rl(given, tmp_path):
+    """Prompts of four lengths, two hints in five missing, several micro-batches."""
+    hints = ["12", "4.6.7", "", None, "9"]
+    rows = [{"prompt": f"A{i % 10}B{i // 10}" + "C3" * (i % 4) + "=", "answer": "1", "hint": hints[i % 5]}
+            for i in range(80)]  # fmt: skip
+    spy = Spy(tmp_path / "run", **given, task=rows_file(tmp_path / "rows.jsonl", rows), hint_text="[{hint}]",
+              prompts_per_step=8, micro_batch_tokens=150, reward=even(tmp_path))  # fmt: skip
+    assert 0 < spy.metrics[-1]["pi/hinted"] < 1
+    check_step(spy)
 
 
 def gradients(tmp_path, name, **given):
@@ -460,6 +515,18 @@ def test_gradients_run_through_the_role_that_learns_only(given, with_gradient, t
     assert all(len(set(first)) == 1 or opening not in first for _, first in spy.reads)
 
 
+@pytest.mark.parametrize(("given", "times"), [({"alpha": 1.0}, 1), ({}, 2), ({"epochs": 2}, 3)], ids=str)
+def test_at_alpha_1_nobody_reads_the_students_prompt_but_for_k(given, times, tmp_path, opening):
+    spy = Spy(tmp_path / "run", **given, steps=1)
+    assert [first[0] == opening for _, first in spy.reads].count(False) == times
+
+
+@pytest.mark.parametrize(("given", "times"), [({}, 1), ({"beta": 0.1}, 2), ({"beta": 0.1, "opsd_kl": "reward"}, 1)])
+def test_opsd_asks_the_teacher_again_only_for_a_kl_outside_of_the_reward(given, times, tmp_path, opening):
+    spy = Spy(tmp_path / "run", **{"algorithm": "opsd", "beta": 0.0, **given}, steps=1)
+    assert [first[0] == opening for _, first in spy.reads].count(True) == times
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_student_never_reads_a_hint_where_it_writes(preset, tmp_path, opening):
     """At token level: every prompt that the engines were given, in order, and the rollout that is trained on."""
@@ -500,16 +567,30 @@ def test_nothing_moves_where_every_answer_is_right_and_no_kl_pulls(tmp_path):
     assert any(g is not None for g in Spy(tmp_path / "kl", reward=same, alpha=0.0).grads[-1])
 
 
+def test_imitation_does_not_leave_out_groups_without_advantages(tmp_path):
+    (tmp_path / "same.py").write_text("def one(example, completion): return 1.0\n")
+    spy = Spy(tmp_path / "run", reward=f"{tmp_path}/same.py:one", **{**OPSD, "beta": 0.0}, sft_steps=2, drop_flat=True)
+    assert all(any(g is not None and g.any() for g in step) for step in spy.grads)
+
+
+def test_where_all_are_wrong_k_alone_moves_the_teacher(tmp_path):
+    (tmp_path / "same.py").write_text("def none(example, completion): return 0.0\n")
+    spy = Spy(tmp_path / "run", reward=f"{tmp_path}/same.py:none", alpha=1.0, drop_flat=True)
+    assert spy.metrics[-1]["pi/live"] > 0 and any(g is not None and g.any() for g in spy.grads[-1])
+
+
+def test_a_prompt_may_lack_roles(tmp_path):
+    rows = [{"prompt": [{"content": f"A{i}="}], "answer": "1", "hint": "2"} for i in range(10)] * 3
+    assert with_hint([{"content": "q"}], "H")[0] == {"role": "system", "content": "H"}
+    spy = Spy(tmp_path / "run", task=rows_file(tmp_path / "rows.jsonl", rows), steps=1, prompts_per_step=2)
+    assert spy.metrics[-1]["pi/hinted"] == 1
+
+
 def test_an_ungradable_row_carries_no_advantage(tmp_path):
     code = "def f(example, completion): return {}[0] if len(completion) % 2 else 1.0\n"
     (tmp_path / "mine.py").write_text(code)
     spy = Spy(tmp_path / "run", reward=f"{tmp_path}/mine.py:f", temperature=3.0)
     assert all(math.isfinite(value) for row in spy.metrics for value in row.values())
-
-
-def rows_file(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_problems_without_a_hint_stay_as_they_are_or_are_left_out(tmp_path):
@@ -537,14 +618,28 @@ def test_a_hint_too_long_for_the_model_counts_as_none(tmp_path):
     assert 0 < len(Spy(tmp_path / "kept", **given, require_hint=True).logged[1]) < 80
 
 
-def test_presets_are_flags_of_the_config():
-    for name, preset in PRESETS.items():
-        pi_distill.check(Config(**preset, preset=name))
+def test_presets_are_what_their_sources_say():
+    """Table 2 and Algorithm 1 of the paper; 2601.18734: frozen, no reward, JSD 1/2, 1.1; 2601.20802: average of 5%,
+    JSD 1/2 on the top 100 and a bucket, weight at most 2."""
+    found = {name: Config(**preset, preset=name) for name, preset in PRESETS.items()}
+    for config in found.values():
+        pi_distill.check(config)
+    paper, zhao, sdpo = found["paper"], found["opsd_zhao"], found["sdpo"]
+    assert (paper.student_kl, paper.kl_agg, paper.kl_est, paper.epochs, paper.temperature) == (
+        "shared", "sum", "k1", 3, 0.75)  # fmt: skip
+    assert paper.drop_flat and (paper.algorithm, paper.beta, paper.alpha, paper.eps) == ("pi", 0.25, 0.5, 0.2)
+    assert (found["grpo"].beta, found["opsd"].beta) == (0.0, 0.1)
+    for each in (zhao, sdpo):
+        assert (each.algorithm, each.adv_coef, each.beta, each.divergence, each.jsd_beta) == ("opsd", 0, 1, "jsd", 0.5)
+    assert (zhao.opsd_teacher, zhao.divergence_temperature, zhao.kl_top, zhao.ratio_cap) == ("frozen", 1.1, 0, 0)
+    assert (sdpo.opsd_teacher, sdpo.ema, sdpo.kl_top, sdpo.ratio_cap) == ("ema", 0.05, 100, 2)
 
 
 def test_alpha_rises_linearly_from_0(tmp_path):
     spy = Spy(tmp_path / "run", steps=4, alpha_anneal=2, alpha=0.6, prompts_per_step=2)
     assert [row["pi/alpha"] for row in spy.metrics[1:]] == pytest.approx([0, 0.3, 0.6, 0.6])
+    spy = Spy(tmp_path / "later", steps=4, alpha_anneal=2, alpha=0.6, prompts_per_step=2, sft_steps=2)
+    assert [row["pi/alpha"] for row in spy.metrics[1:]] == pytest.approx([0, 0, 0, 0.3])
 
 
 # --- the family

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from posttrain.common.cli import UserError
-from posttrain.common.environments.critics import BLANK, criticise, is_model
+from posttrain.common.environments.critics import BLANK, criticise, is_model, tells
 from posttrain.common.models import load_model, load_tokenizer
 from posttrain.common.rollout import HFEngine, Sampling, assemble, encode
 from posttrain.common.tasks import Example, make_task
@@ -398,6 +398,8 @@ def test_templates_hold_all_of_it_once_and_fresh():
 
 
 class Writer:
+    model, tokenizer = load_model("steps-guesser", torch.device("cpu")), load_tokenizer("steps-guesser")
+
     def __init__(self, *texts):
         self.texts = texts
 
@@ -422,7 +424,7 @@ def test_critics_of_every_kind():
     assert criticise("correctness", None, *rest) == [BLANK] * 2 == ["incorrect"] * 2
     assert criticise("column:hint", None, *rest) == ["carry"] * 2
     writer = Writer("Let me see. Critique: wrong.\nCritique: too large \n", "no marker")
-    assert criticise("self", writer, *rest) == ["too large", "no marker"]
+    assert criticise("self", writer, *rest) == ["too large", ""]  # nothing without the marker
     assert (writer.n, writer.sampling, writer.key) == (1, brief, (1, 2))
     for example, attempt in zip(writer.asked, attempts, strict=True):
         text = example.prompt[0]["content"]
@@ -434,6 +436,31 @@ def test_critics_of_every_kind():
     writer = Writer("1:2")
     assert criticise("self", writer, steps, [example], ["9999"], brief, (0,)) == ["1:2"]
     assert writer.asked[0].prompt == steps.critic_prompt(example, "9999")
+
+
+def test_what_a_critic_cannot_read_in_its_context_has_no_critique():
+    task, said = Bare(), Writer("Critique: so")
+    examples, attempts = task.draw(2), ["3", "4 " * 300]
+    found = criticise("self", said, task, examples, attempts, Sampling(0.7, 9), (1, 2))
+    assert found == ["so", ""] and len(said.asked) == 1
+
+
+def test_what_holds_the_answer_gives_it_away():
+    def held(critique, answer="12", **fields):
+        return tells(Example([], answer, fields), critique)
+
+    assert held("it is 12.") and held("12") and held("(12)") and held("x", "x")
+    for other in ("it is 112", "0.12", "12.5", "-", "", "1 2", "12a"):
+        assert not held(other)
+    assert not held("", "") and not held("any", "")
+    assert held("2:5", "7154", reveals="2:5") and not held("7154", "7154", reveals="2:5")
+    assert held("so 7", "9", reveals=7) and held("9", "9", reveals=None)
+
+
+def test_a_column_of_critiques_may_have_gaps():
+    rows = [Example([], "1", {"hint": value}) for value in (None, "", "  ", 0, " no ")]
+    found = criticise("column:hint", None, Bare(), rows, ["x"] * 5, Sampling(1.0, 4), (0,))
+    assert found == ["", "", "", "0", "no"]
 
 
 def test_which_critics_are_models():
@@ -453,6 +480,7 @@ def test_reasoning_gym_says_what_it_graded_and_never_the_answer():
     assert wrong in said and "wrong" in said and "tags" not in said and example.answer not in said.split()
     assert "tags" in task.critique(example, f"it is {wrong}") and "no final answer" in task.critique(example, "hm")
     assert task.critique(example, f"<answer>{example.answer}</answer>") == ""
+    assert "tags" in task.critique(example, f"<answer>{wrong}")  # never closed
     assert task.formed(example, wrong) and not task.formed(example, "hm")
     task = make_task("reasoning_gym:countdown")
     example = task.heldout(1)[0]
@@ -462,7 +490,8 @@ def test_reasoning_gym_says_what_it_graded_and_never_the_answer():
 
 # --- whole runs
 
-SMALL = {"steps": 1, "prompts_per_step": 12, "group_size": 4, "eval_problems": 6, "eval_samples": 1, "eval_every": 0}
+SMALL = {"model": "steps-guesser", "steps": 1, "prompts_per_step": 12, "group_size": 4, "eval_problems": 6,
+         "eval_samples": 1, "eval_every": 0}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -474,7 +503,7 @@ class Spy:
     """A run's samples by key, the rows that carried a loss, and the first gradient."""
 
     def __init__(self, patch, out, **given):
-        self.rollouts, self.rows, self.grads = [], [], None
+        self.rollouts, self.rows, self.grads, self.steps = [], [], None, 0
         spy, step_, logps_ = self, Optimizer.step, rltf.token_logps
 
         class Engine(HFEngine):
@@ -484,6 +513,7 @@ class Spy:
                 return rollout
 
         def step(optimizer, n):
+            spy.steps += 1
             spy.grads = spy.grads or [None if p.grad is None else p.grad.clone() for p in optimizer.weights]
             return step_(optimizer, n)
 
@@ -514,7 +544,7 @@ def logps_by_hand(model, prompt, response, temperature=1.0):
 
 def loss_by_hand(spy, model, mode, coef=0.1, lam=0.1, gamma=0.1, floor=-5.0, norm="batch", rl=1.0, temperature=1.0):
     """The whole of Eq. 1 to 5 in loops, from what was sampled."""
-    task, tokenizer = make_task("steps"), load_tokenizer("steps-student")
+    task, tokenizer = make_task("steps"), load_tokenizer("steps-guesser")
     first, second = spy.first, spy.second
 
     def reward(rollout, i):
@@ -567,7 +597,7 @@ CASES = {
 @pytest.mark.parametrize(("given", "known"), CASES.values(), ids=CASES.keys())
 def test_the_first_gradient_of_a_run_is_that_of_the_loops(given, known, tmp_path, monkeypatch):
     spy = Spy(monkeypatch, tmp_path / "run", **given)
-    model = load_model("steps-student", torch.device("cpu")).double()
+    model = load_model("steps-guesser", torch.device("cpu")).double()
     loss = loss_by_hand(spy, model, given.get("mode", "sd"), **known)
     loss.backward()
     assert 0 < sum(r == 1 for r in spy.first.reward.tolist()) < len(spy.first)
@@ -580,21 +610,26 @@ def test_the_first_gradient_of_a_run_is_that_of_the_loops(given, known, tmp_path
     assert (row["loss/fm"] != 0) == (given.get("mode") in ("fm", "both"))
 
 
-@pytest.mark.parametrize(("mode", "zero"), [("fm", {"fm_lambda": 0.0}), ("sd", {"sd_coef": 0.0}),
-                                            ("both", {"sd_coef": 0.0, "fm_lambda": 0.0})])  # fmt: skip
+NOTHING = {"sd_coef": 0.0, "fm_lambda": 0.0}
+
+
+@pytest.mark.parametrize(("mode", "zero"), [("fm", {"fm_lambda": 0.0}), ("sd", {"sd_coef": 0.0}), ("both", NOTHING),
+                                            ("both", {**NOTHING, "loss_norm": "token"})])  # fmt: skip
 def test_with_weight_0_the_run_is_that_without_bit_for_bit(mode, zero, tmp_path):
     """Invariant 5."""
     rltf.main(Config(**{**SMALL, "steps": 3}, mode=mode, **zero, out=str(tmp_path / "a")))
-    rltf.main(Config(**{**SMALL, "steps": 3}, mode="none", out=str(tmp_path / "b")))
+    rltf.main(
+        Config(**{**SMALL, "steps": 3}, mode="none", loss_norm=zero.get("loss_norm", "batch"), out=str(tmp_path / "b"))
+    )
     x, y = (load_model(str(tmp_path / name / "model"), torch.device("cpu")).state_dict() for name in "ab")
-    start = load_model("steps-student", torch.device("cpu")).state_dict()
+    start = load_model("steps-guesser", torch.device("cpu")).state_dict()
     assert all(torch.equal(x[key], y[key]) for key in x) and any(not torch.equal(x[key], start[key]) for key in x)
 
 
 def test_the_student_never_reads_attempt_or_critique_where_it_is_measured(tmp_path, monkeypatch):
     """On the level of tokens: first tries in training and evaluation, and what Eq. 3 trains."""
     spy = Spy(monkeypatch, tmp_path / "run", steps=3, mode="both", eval_every=1)
-    tokenizer = load_tokenizer("steps-student")
+    tokenizer = load_tokenizer("steps-guesser")
     plain = [r for _, _, r in spy.rollouts if len(r.examples[0].prompt[0]["content"]) == 6 and
              len(pieces(r, 0)[0]) == 6]  # fmt: skip
     assert len(plain) >= 3 + 4 * 3  # a training batch a step; samples, greedy and greedy again at four evaluations
@@ -626,7 +661,7 @@ def test_the_student_never_reads_attempt_or_critique_where_it_is_measured(tmp_pa
 def test_reported_accuracy_is_of_first_tries_without_any_critique(tmp_path):
     rltf.main(Config(**{**SMALL, "eval_problems": 40}, out=str(tmp_path / "run")))
     task, model = make_task("steps"), load_model(str(tmp_path / "run" / "model"), torch.device("cpu"), train=False)
-    engine = HFEngine(model, load_tokenizer("steps-student"))
+    engine = HFEngine(model, load_tokenizer("steps-guesser"))
     metrics, _ = evaluate(engine, task, task.heldout(40), 1, Sampling(1.0, 5), 0)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["after"]["eval/accuracy"] == metrics["eval/accuracy"]
@@ -656,8 +691,7 @@ def test_the_ramp_lets_the_weight_grow_from_0(tmp_path, monkeypatch):
         return original(bare, logps, advantage, owner, coef, config)
 
     monkeypatch.setattr(rltf, "distilled", watch)
-    for ramp, expected in ((5, [0, 0.1, 0.2, 0.3, 0.4]), (3, [0, 0.2, 0.4, 0.4, 0.4]), (1, [0, 0.4, 0.4, 0.4, 0.4]),
-                           (0, [0.4] * 5)):  # fmt: skip
+    for ramp, expected in ((5, [0.1, 0.2, 0.3, 0.4]), (3, [0.2, 0.4, 0.4, 0.4]), (1, [0.4] * 4), (0, [0.4] * 5)):
         seen.clear()
         rltf.main(Config(**{**SMALL, "steps": 5, "sd_coef": 0.4, "sd_ramp": ramp}, out=str(tmp_path / f"{ramp}")))
         assert seen == pytest.approx(expected)
@@ -675,10 +709,63 @@ def test_a_second_prompt_beyond_the_context_is_dropped_and_counted(tmp_path, mon
     assert all(int(r.attention_mask.sum(1).max()) <= 512 for r in spy.rows)
 
 
+def test_a_fine_for_form_is_taken_off_what_a_reward_of_ones_own_gives(tmp_path, monkeypatch):
+    code = "def f(example, text):\n    assert text[:1] not in '01'\n    return 1.0 if text[:1] in '23' else -1.0\n"
+    (tmp_path / "mine.py").write_text(code)
+    own = {"reward": f"{tmp_path}/mine.py:f", "prompts_per_step": 24, "format_coef": 0.25}
+    for limit, lost in ((5, False), (3, True)):
+        spy = Spy(monkeypatch, tmp_path / f"{limit}", max_new_tokens=limit, **own)
+        seen = set()
+        for text, finished, reward in zip(spy.first.texts, spy.first.finished, spy.first.reward, strict=True):
+            if text[:1] in "01":
+                assert math.isnan(reward)
+                continue
+            earned = 1.0 if text[:1] in "23" else -1.0
+            whole = bool(finished) and len(text) == 4
+            assert float(reward) == (earned if whole else min(earned, 0) - 0.25)
+            seen.add((earned, whole))
+        assert {(1.0, not lost), (-1.0, not lost)} <= seen
+
+
+def test_a_batch_is_split_into_as_many_optimizer_steps_as_asked_for(tmp_path, monkeypatch):
+    for asked in (1, 5, 48):
+        assert Spy(monkeypatch, tmp_path / f"{asked}", minibatches=asked).steps == asked
+    with pytest.raises(UserError, match="--minibatches"):
+        rltf.check(Config(**SMALL, minibatches=49))
+
+
+def test_accuracy_in_training_is_the_tasks_also_where_form_is_fined(tmp_path, monkeypatch):
+    spy = Spy(monkeypatch, tmp_path / "run", max_new_tokens=4, mode="single", prompts_per_step=24)
+    right = [e.answer == text for e, text in zip(spy.first.examples, spy.first.texts, strict=True)]
+    assert spy.lines[1]["train/accuracy"] == pytest.approx(sum(right) / len(right)) and sum(right) > 0
+    assert spy.first.reward.tolist() == pytest.approx([-0.1] * 96)
+
+
+def test_rounds_ask_what_feedback_modelling_trains(tmp_path, monkeypatch):
+    """On a task without words of its own for it: Eq. 4's template, not the judge's."""
+    spy = Spy(monkeypatch, tmp_path / "run", model="addition-student", task="addition", critic="correctness",
+              max_new_tokens=16, mode="fm", eval_rounds=1, critique_tokens=3)  # fmt: skip
+    tokenizer = load_tokenizer("addition-student")
+    asked = {tokenizer.decode(pieces(r, 0)[0]) for key, _, r in spy.rollouts if key == (0, 0, 4)}
+    assert asked and all(text.endswith("Critique:") and "An attempt:" in text for text in asked)
+    trained = [tokenizer.decode(rows.tokens[0].tolist()) for rows in spy.rows]
+    assert any("An attempt:" in text and "Critique:incorrect" in text for text in trained)
+
+
+def test_accuracy_of_second_tries_on_held_out_problems(tmp_path, monkeypatch):
+    spy = Spy(monkeypatch, tmp_path / "run", eval_problems=30)
+    greedy = next(r for key, s, r in spy.rollouts if key == (0, 0, 2) and s.temperature == 0)
+    wrong = [e for e, text in zip(greedy.examples, greedy.texts, strict=True) if text != e.answer]
+    tried = [r for key, _, r in spy.rollouts if key == (0, 0, 1)][1]
+    assert len(tried) == len(wrong) and [e.answer for e in tried.examples] == [e.answer for e in wrong]
+    right = [e.answer == text for e, text in zip(tried.examples, tried.texts, strict=True)]
+    assert any(right) and spy.lines[0]["rltf/second_heldout"] == pytest.approx(sum(right) / len(right))
+
+
 def test_an_empty_critique_says_incorrect_and_predicts_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(make_task("steps").__class__, "critique", lambda self, e, y: " ")
     spy = Spy(monkeypatch, tmp_path / "run", mode="fm")
-    text = load_tokenizer("steps-student").decode(pieces(spy.second, 0)[0])
+    text = load_tokenizer("steps-guesser").decode(pieces(spy.second, 0)[0])
     assert text.endswith("!incorrect=") and spy.lines[1]["loss/fm"] == 0
 
 
@@ -695,7 +782,7 @@ def test_a_try_cut_short_is_unparsable_and_still_tried_again(tmp_path, monkeypat
 def test_a_batch_without_a_wrong_try_trains_nothing(tmp_path, monkeypatch, mode):
     monkeypatch.setattr(rltf, "grade_all", lambda reward, examples, texts: [1.0] * len(examples))
     rltf.main(Config(**SMALL, mode=mode, format_coef=0.0, out=str(tmp_path / "run")))
-    start = load_model("steps-student", torch.device("cpu")).state_dict()
+    start = load_model("steps-guesser", torch.device("cpu")).state_dict()
     model = load_model(str(tmp_path / "run" / "model"), torch.device("cpu")).state_dict()
     assert all(torch.equal(model[key], start[key]) for key in start)
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
@@ -712,16 +799,16 @@ def test_second_tries_that_nobody_can_score_are_left_out(tmp_path, monkeypatch):
     assert all(math.isfinite(value) for value in spy.lines[1].values()) and spy.lines[1]["optim/grad_norm"] > 0
 
 
-@pytest.mark.parametrize("critic", ["correctness", "self", "steps-student", "column:start"])
+@pytest.mark.parametrize("critic", ["correctness", "self", "steps-guesser", "column:start"])
 def test_every_critic_runs(tmp_path, monkeypatch, critic):
     spy = Spy(monkeypatch, tmp_path / "run", critic=critic, mode="both", critique_tokens=4)
-    tokenizer = load_tokenizer("steps-student")
+    tokenizer = load_tokenizer("steps-guesser")
     for j in range(len(spy.second)):
         prompt, example = tokenizer.decode(pieces(spy.second, j)[0]), spy.second.examples[j]
         said = prompt.partition("!")[2].removesuffix("=")
         assert said == {"correctness": BLANK, "column:start": example.fields["start"]}.get(critic, said)
     judged = [r for key, _, r in spy.rollouts if key == (0, 1, 1)]
-    assert len(judged) == (critic in ("self", "steps-student"))
+    assert len(judged) == (critic in ("self", "steps-guesser"))
     for rollout in judged:
         assert all(tokenizer.decode(pieces(rollout, i)[0]).endswith("?") for i in range(len(rollout)))
     assert spy.lines[1]["loss/fm"] > 0
@@ -732,7 +819,7 @@ def test_rounds_of_self_correction_are_measured_on_all_problems(tmp_path, monkey
     problems = make_task("steps").heldout(12)
     for line in spy.lines:
         assert 0 <= line["rltf/round_1"] <= 1 and 0 <= line["rltf/round_2"] <= 1
-    tokenizer, rounds = load_tokenizer("steps-student"), []
+    tokenizer, rounds = load_tokenizer("steps-guesser"), []
     for key, sampling, rollout in spy.rollouts:
         if len(rollout) == 12 and sampling.temperature == 0 and "!" in tokenizer.decode(pieces(rollout, 0)[0]):
             right = [e.answer == t for e, t in zip(problems, rollout.texts, strict=True)]
@@ -742,8 +829,10 @@ def test_rounds_of_self_correction_are_measured_on_all_problems(tmp_path, monkey
     assert len(rounds) >= 4 and [r for r in rounds if r in logged] and logged == pytest.approx(rounds[-4:])
 
 
-@pytest.mark.parametrize("flags", [{"group_size": 1}, {"temperature": 0.0}, {"mode": "fm", "sd_ratio": "token"},
-                                   {"mode": "none", "sd_baseline": "second"}])  # fmt: skip
+@pytest.mark.parametrize("flags", [
+    {"group_size": 1}, {"temperature": 0.0}, {"mode": "fm", "sd_ratio": "token"}, {"mode": "fm", "sd_coef": 0.2},
+    {"mode": "none", "sd_baseline": "second"}, {"mode": "none", "sd_ramp": 3}, {"mode": "sft", "sd_floor": 1.0},
+    {"mode": "sd", "fm_lambda": 1.0}, {"mode": "single", "gamma": 0.5}], ids=str)  # fmt: skip
 def test_flags_that_make_no_sense_are_refused(flags):
     with pytest.raises(UserError, match="--"):
         rltf.check(Config(**flags))

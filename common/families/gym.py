@@ -62,6 +62,6 @@ class ReasoningGym(Procedural):
         if not self.formed(example, attempt):
             return "There is no final answer."
         answer, grade = final_answer(attempt, bool(NUMBER.fullmatch(example.answer))), self.grade(example, attempt)
-        untagged = "" if "<answer>" in attempt else " It does not stand between <answer> tags."
-        earns = f" It earns {grade:.2f} of 1." if grade > 0 else ""
+        untagged = "" if "</answer>" in attempt else " It does not stand between <answer> tags."
+        earns = f" It earns {min(grade, 0.99):.2f} of 1." if grade > 0 else ""
         return f"The final answer {answer} is wrong.{earns}{untagged}" if grade < CORRECT else ""
