@@ -143,13 +143,13 @@ class Config:
     jobs: int = 2  # runs at a time, one thread each
     eval_every: int = 20  # steps between points of the curves
     target: float = 0.45  # value of the study's headline whose first step is reported
-    folder: str = "runs/reproduce"  # of the run folders
+    folder: str = "runs/reproduce"  # of the run folders, one for each study
     out: str = str(RESULTS)  # folder of the stored results
 
 
 def run(config: Config, arm: str, seed: int) -> Path:
     """One training run, skipped if it is complete and continued if it was stopped."""
-    folder = Path(config.folder) / f"{arm}-{seed}"
+    folder = Path(config.folder) / config.study / f"{arm}-{seed}"
     if not (folder / "summary.json").exists():
         script, *flags = STUDIES[config.study][arm]
         flags += ["--seed", str(seed), "--eval-every", str(config.eval_every), "--out", str(folder)]
