@@ -189,18 +189,18 @@ def plot(path: Path, title: str, metric: str, curves: dict[str, list[list[tuple[
     """A metric over the steps: each arm's mean, and one standard deviation around it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
     for i, (arm, seeds) in enumerate(curves.items()):
         steps = [step for step, _ in seeds[0]]
         values = [[accuracy for _, accuracy in at_step] for at_step in zip(*seeds, strict=True)]
         means, spreads = [statistics.mean(v) for v in values], [spread(v) for v in values]
-        axis.plot(steps, means, color=f"C{i}", label=arm)
+        axis.plot(steps, means, color=f"C{i}", linestyle="-" if i < 10 else "--", label=arm)
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
     axis.set(xlabel="step", ylabel={"eval/accuracy": "held-out accuracy"}.get(metric, metric), title=title)
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
