@@ -84,7 +84,7 @@ STUDIES = {
         "sft-grpo": ["pi_distill.py", "--preset", "grpo", "--sft-steps", "40"],
     },
     "doubter": {  # the same facts with a model that follows seven hints in ten
-        arm: ["pi_distill.py", "--model", "lookup-doubter", *flags]
+        f"doubter-{arm}": ["pi_distill.py", "--model", "lookup-doubter", *flags]
         for arm, flags in {
             "pi-distill": [],
             "pi-shared": ["--student-kl", "shared"],
@@ -93,7 +93,7 @@ STUDIES = {
             "opsd": ["--preset", "opsd"],
             "opsd-0.5": ["--preset", "opsd", "--beta", "0.5"],
             "opsd-frozen-0.5": ["--preset", "opsd", "--opsd-teacher", "frozen", "--beta", "0.5"],
-            "grpo-lookup": ["--preset", "grpo"],
+            "grpo": ["--preset", "grpo"],
             "sft-grpo": ["--preset", "grpo", "--sft-steps", "40"],
         }.items()
     },
@@ -122,13 +122,13 @@ STUDIES = {
         "rltf-fm-1": ["rltf.py", "--mode", "fm", "--fm-lambda", "1"],
     },
     "guesser": {  # the same problems with a model that tries every digit where it does not know
-        arm: ["rltf.py", "--model", "steps-guesser", *flags]
+        f"guesser-{arm}": ["rltf.py", "--model", "steps-guesser", *flags]
         for arm, flags in {
-            "rltf-single": ["--mode", "single"],
-            "rltf-none": ["--mode", "none"],
-            "rltf-sd": [],
-            "rltf-sd-second": ["--sd-baseline", "second"],
-            "rltf-fm": ["--mode", "fm"],
+            "single": ["--mode", "single"],
+            "none": ["--mode", "none"],
+            "sd": [],
+            "sd-second": ["--sd-baseline", "second"],
+            "fm": ["--mode", "fm"],
         }.items()
     },
 }
@@ -143,13 +143,13 @@ class Config:
     jobs: int = 2  # runs at a time, one thread each
     eval_every: int = 20  # steps between points of the curves
     target: float = 0.45  # value of the study's headline whose first step is reported
-    folder: str = "runs/reproduce"  # of the run folders, one for each study
+    folder: str = "runs/reproduce"  # of the run folders
     out: str = str(RESULTS)  # folder of the stored results
 
 
 def run(config: Config, arm: str, seed: int) -> Path:
     """One training run, skipped if it is complete and continued if it was stopped."""
-    folder = Path(config.folder) / config.study / f"{arm}-{seed}"
+    folder = Path(config.folder) / f"{arm}-{seed}"
     if not (folder / "summary.json").exists():
         script, *flags = STUDIES[config.study][arm]
         flags += ["--seed", str(seed), "--eval-every", str(config.eval_every), "--out", str(folder)]
