@@ -42,8 +42,9 @@ def check_ranges(config: Any) -> None:
     for flag, value in vars(config).items():
         if type(value) in (int, float) and flag not in ANY:
             least = sys.float_info.min if flag in POSITIVE else 0
-            bound = f"--{flag.replace('_', '-')} {value}: must be finite and {'above' if least else 'at least'} 0"
-            require(least <= value < math.inf, bound)
+            most = 2**32 if flag == "seed" else math.inf
+            bound = f"{'above' if least else 'at least'} 0" + ", below 2**32" * (flag == "seed")
+            require(least <= value < most, f"--{flag.replace('_', '-')} {value}: must be finite and {bound}")
 
 
 def parse(config_class: type, presets: dict[str, dict[str, Any]]) -> Any:

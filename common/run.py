@@ -136,9 +136,8 @@ class Run:
             for kind, i in sample_rows(rollout, step).items():
                 row = {"step": step, "kind": kind, "prompt": rollout.examples[i].prompt, "text": rollout.texts[i]}
                 row |= {"reward": rollout.reward[i].item()}
-                known = {"ids": rollout.tokens, "turn": rollout.turn, **signals} if signals else {}
-                length = int(rollout.attention_mask[i].sum())
-                for name, x in known.items():
+                length = int(rollout.attention_mask[i].sum()) if signals else 0
+                for name, x in ({"ids": rollout.tokens, "turn": rollout.turn, **signals} if signals else {}).items():
                     row[name] = [round(v, 4) for v in x[i, :length].tolist()] if torch.is_tensor(x) else x[i]
                 row |= {"episode": dataclasses.asdict(rollout.episodes[i])} if signals and rollout.episodes[i] else {}
                 file.write(json.dumps(row) + "\n")

@@ -101,7 +101,7 @@ class Config:
     require_hint: bool = False  # leave problems without a hint out of the step; else T = S there
     kl_est: Literal["k1", "rb"] = "k1"  # K of Eq. 1: of the sampled token, or over the vocabulary
     kl_agg: Literal["mean", "sum"] = "mean"  # K of Eq. 1 over the tokens (paper: sum)
-    reference: Literal["student", "base"] = "student"  # S in Eq. 1: as it is, or as it was at first (worse)
+    reference: Literal["student", "base"] = "student"  # S in Eq. 1: as it is, or as it was at first (paper: worse)
     student_kl: Literal["direct", "shared", "none"] = "direct"  # Eq. 4; shared: A_S = A (paper's code), none: no KL
     student_denom: Literal["current", "behavior"] = "current"  # Eq. 4: sg t, or t_old
     opsd_kl: Literal["direct", "reward", "sampled"] = "direct"  # Eq. 6, in R as in Eq. 1, or s - t as token advantage
@@ -278,7 +278,7 @@ def main(config: Config) -> None:
         student_advantages = advantages if shared else group_means_off(rewards, group)
         live = torch.isin(group, group[advantages.abs() >= 1e-8])
         mask = mask * live[:, None] if config.drop_flat and not sft else mask
-        mask = mask * (rollout.reward == CORRECT)[:, None] if sft else mask
+        mask = mask * (rollout.reward >= CORRECT)[:, None] if sft else mask
         w = mask * row_weights(mask, config.agg, config.max_new_tokens)[:, None]  # [N, T], m / N
 
         # --- update
@@ -329,7 +329,8 @@ def main(config: Config) -> None:
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save
-        metrics |= {"pi/alpha": alpha, "pi/kl": kl.mean().item(), "pi/penalty": config.beta * kl.abs().mean().item()}
+        metrics |= {"pi/alpha": alpha if pi else 0.0}
+        metrics |= {"pi/kl": kl.mean().item(), "pi/penalty": config.beta * kl.abs().mean().item()}
         metrics |= {"pi/hinted": sum(hinted) / config.prompts_per_step, "pi/live": live.double().mean().item()}
         metrics |= stats.metrics() | resources(clock, rollout)
         if run.due(step, config.eval_every):

@@ -92,7 +92,7 @@ class Config:
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
     # --- this method
     mode: Literal["sd", "fm", "both", "sft", "none", "single"] = "sd"  # Eq. 5; sft: Eq. 3 on right second tries alone
-    critic: str = "task"  # task (its own), correctness, column:NAME of the data, self (the policy), or a model
+    critic: str = "task"  # task (its own), correctness, column:NAME, self (the policy), or a model; also of evaluations
     critique_tokens: int = 100  # most tokens of its critique
     adv_grpo: float = 1.0  # weight of Eq. 2
     gamma: float = 0.1  # share of the second try's reward in the first one's return
@@ -160,7 +160,7 @@ def distilled(bare: Rollout, logps: Tensor, advantage: Tensor, owner: Tensor, co
     """Eq. 3, or in sft the right second tries alone. bare: y1 behind x0 with the log-probs behind x1, at which it was
     sampled; logps [N2, T]: those behind x0 before the update; advantage, owner [N2]."""
     if config.mode == "sft":
-        return Term("sd", bare, owner, coef * (bare.reward == CORRECT).to(logps.dtype), "nll")
+        return Term("sd", bare, owner, coef * (bare.reward >= CORRECT).to(logps.dtype), "nll")
     form, start = config.sd_ratio.removeprefix("token").removeprefix("_") or "importance_sampling", bare.behaviour_logps
     if config.sd_ratio in ("none", "sequence"):
         form, start = config.loss, logps
@@ -335,7 +335,7 @@ def main(config: Config) -> None:
         n2, leaked = max(1, len(retry)), sum(tells(tried.examples[i], critique) for i, critique, _ in retry)
         metrics |= {"loss/sd": 0.0, "loss/fm": 0.0, "rltf/tokens": state["tokens"], "rltf/leaked": leaked / n2}
         metrics |= {"rltf/second_share": len(retry) / len(first), "rltf/dropped": len(tried) - len(retry)}
-        metrics |= {"rltf/second_accuracy": (second.reward == CORRECT).sum().item() / n2}
+        metrics |= {"rltf/second_accuracy": (second.reward >= CORRECT).sum().item() / n2}
         metrics |= {"rltf/sd_advantage": a_sd.sum().item() / n2, "rltf/floored": floored}
         metrics |= stats.metrics() | resources(clock, sampled)
         if run.due(step, config.eval_every):

@@ -230,7 +230,8 @@ def main(config: Config) -> None:
                    if headline in line and line["step"] % config.eval_every == 0] for each in lines]  # fmt: skip
         reached = [next((step for step, accuracy in each if accuracy >= config.target), math.inf) for each in points]
         after = {key: [summary["after"][key] for summary in summaries] for key in EVAL_KEYS}
-        measured = lines[0][0].keys() & lines[0][-1].keys() - {"step", *EVAL_KEYS}  # what only evaluations measure
+        measured = set(lines[0][0]).intersection(*(each[-1] for each in lines)) - {"step", *EVAL_KEYS}  # at evaluations
+        measured |= {key for key in lines[0][-1] if key.endswith("/tokens")}  # running totals
         after |= {key: [each[-1][key] for each in lines] for key in sorted(measured)}
         every, prefix = [line for each in lines for line in each[1:]], summaries[0]["method"].split("_")[0] + "/"
         own = {key: [line[key] for line in every if key in line] for key in every[0] if key.startswith(prefix)}

@@ -4,4 +4,4 @@ set -u
 source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 export OMP_NUM_THREADS=1
 # Not `python -m pytest`: that would put the checkout on sys.path, where kernels/ shadows another package.
-exec .venv/bin/pytest -q -n 2 --dist loadfile "$@"
+exec .venv/bin/pytest -q -n 2 --dist worksteal "$@"

@@ -148,7 +148,7 @@ FLAGS = {
     "temperature 0, rltf": ("rltf", {"temperature": 0}, ["--temperature"]),
     "unknown mode": ("rltf", {"mode": "sdl"}, ["sdl", "sd"]),
     "a ratio without Eq. 3": ("rltf", {"mode": "fm", "sd-ratio": "token"}, ["--sd-ratio", "--mode"]),
-    "unknown critic": ("rltf", {"critic": "corectness"}, ["'corectness'", "steps-student"]),
+    "unknown critic": ("rltf", {"critic": "corectness"}, ["'corectness'", "near: ['correctness']"]),
     "no critic": ("rltf", {"task": "addition"}, ["addition", "--critic"]),
     "no such column of critiques": ("rltf", {"critic": "column:hint"}, ["hint", "operators"]),
     "unknown option, steps": ("rltf", {"task": "steps:know=0.5"}, ["know", "known"]),
@@ -202,7 +202,7 @@ FLAGS = {
 NEGATIVE = {
     "steps": [0, -1], "lr": [-1, "nan"], "prompts-per-step": [0, -4], "group-size": [0, -2], "eval-problems": [0, -1],
     "eval-samples": [0], "micro-batch-tokens": [0, -1], "save-every": [-1], "eval-every": [-1], "max-new-tokens": [0],
-    "temperature": [-1], "seed": [-1], "threads": [-1], "lora-rank": [-1], "warmup": [-1], "max-grad-norm": [-1],
+    "temperature": [-1], "seed": [-1, 2**32], "threads": [-1], "lora-rank": [-1], "warmup": [-1], "max-grad-norm": [-1],
     "weight-decay": [-1],
 }  # fmt: skip
 FLAGS |= {f"--{k} {v}": ("grpo", {k: v}, [f"--{k}"]) for k, values in NEGATIVE.items() for v in values}

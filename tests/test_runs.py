@@ -270,7 +270,10 @@ def test_without_out_a_fresh_folder_under_runs_is_made(tmp_path, monkeypatch):
 # --- kill and resume
 
 
-@pytest.mark.parametrize("kind", KINDS)
+KILLED = ["grpo, all state", "opd, ema", "skill_sd", "pi_distill, ema"]  # each kind of state; RESUMED has all methods
+
+
+@pytest.mark.parametrize("kind", KILLED)
 def test_kill_and_resume_give_the_uninterrupted_run(whole, folder, kind):
     method, given = KINDS[kind]
     expected, out = whole(kind), folder / f"killed {kind}"
@@ -310,7 +313,7 @@ def test_a_last_line_cut_anywhere_is_dropped(whole, tmp_path, cut):
     assert_same_run(whole("opd"), out)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["grpo", "sod"])
 def test_killed_before_the_first_checkpoint(whole, folder, method):
     out = folder / f"early {method}"
     process = start(method, out, LONG)

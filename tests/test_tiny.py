@@ -116,7 +116,7 @@ def same(a, b):
     return all(torch.equal(a[name][key], b[name][key]) for name in a for key in a[name])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["addition", "arithmetic"])  # from nothing, and one model from another
 def test_pretraining_gives_the_same_bits_again_and_after_a_kill(tmp_path, family):
     whole = run(family, tmp_path / "whole")
     out = tmp_path / "killed"

@@ -1,5 +1,6 @@
 """Critiques of wrong attempts: by a task's own rules, from a column of the data, or by a language model."""
 
+import difflib
 import math
 import re
 from dataclasses import replace
@@ -22,7 +23,10 @@ def is_model(spec: str, task: Any) -> bool:
     column = spec.removeprefix("column:")
     there = task.draw(1, 0)[0].fields if column != spec else [column]
     require(column in there, f"--critic {spec!r}: task {task.name!r} has no such column, but {', '.join(there)}")
-    return spec not in ("task", "correctness", "self") and column == spec
+    known = ("task", "correctness", "self")
+    meant = [word for word in difflib.get_close_matches(spec, known, 1, 0.8) if word != spec]
+    require(not meant, f"--critic {spec!r}: none of {', '.join(known)}, column:NAME or a model; near: {meant}")
+    return spec not in known and column == spec
 
 
 def ask(writer: HFEngine, asked: list[Example], brief: Sampling, key: tuple) -> list[str]:
