@@ -290,3 +290,8 @@ def test_every_flag_has_a_help_text_of_its_own(path, help_of):
         if not found[1] or found[1].startswith(("(default", "---", "--")):
             without.append(flag)
     assert not without
+
+
+def test_the_readme_has_no_gap_left_to_fill():
+    gaps = [line for line in (ROOT / "README.md").read_text().splitlines() if re.fullmatch(r"[A-Z_]{8,}", line.strip())]
+    assert not gaps
