@@ -22,7 +22,7 @@ Good to know
 - KL(T||S) in a reward (--kl-est rb) has no gradient on the token that it measures: it depends on the prefix only.
 - alpha 0 is not OPSD: T writes. alpha 1 trains T alone, which is all that beta then keeps near S.
 - Left out: episodes of several turns (the sums over m hold for them), penalties on length and on leaks of the hint (a
-  --reward of one's own), and top-p of the relatives.
+  --reward of one's own), the relatives' top-p and top-k sampling, and SDPO's mean over hinted problems only (N is all).
 
 Run: python methods/pi_distill.py        Expected: see the table of results in README.md.
 """

@@ -8,7 +8,7 @@ rewards, N the number of first tries, means over a group's rows (of r1: over tho
     (2)  L_RL = -sum rho A0 [y0 | x0] - sum rho A1 [y1 | x1],   rho = exp(logp - behaviour_logp)    --loss
     (3)  L_SD = -coef sum keep rho (r1 - mean(r0)) [y1 | x0]   --sd-coef --sd-baseline --sd-ratio --sd-floor
     (4)  L_FM = -lambda sum log p(c | f(x0, y0))                                                    --fm-lambda
-    (5)  L = (adv_grpo L_RL + L_SD + L_FM) / N                                          --mode --loss-norm
+    (5)  L = (L_RL + L_SD + L_FM) / N                                                   --mode --loss-norm
 
 RLTF-SD is (2) and (3): the second try, written with the critique, is reinforced without it. RLTF-FM is (2) and (4): the
 critique is predicted. --mode none is (2) alone, single GRPO without a second try (and without std and clip, as here).
@@ -94,7 +94,6 @@ class Config:
     mode: Literal["sd", "fm", "both", "sft", "none", "single"] = "sd"  # Eq. 5; sft: Eq. 3 on right second tries alone
     critic: str = "task"  # task (its own), correctness, column:NAME, self (the policy), or a model; also of evaluations
     critique_tokens: int = 100  # most tokens of its critique
-    adv_grpo: float = 1.0  # weight of Eq. 2
     gamma: float = 0.1  # share of the second try's reward in the first one's return
     loss: Literal["importance_sampling", "ppo", "cispo"] = "importance_sampling"  # of Eq. 2, and 3 without token ratio
     eps_lo: float = 0.2  # lower clip of rho for ppo and cispo
@@ -293,7 +292,7 @@ def main(config: Config) -> None:
         a0, a1, a_sd = turn_advantages(first.reward, r1, first.group, two, config)
         sampled = concat([first, second], pad) if retry else first
         owner = torch.cat([torch.arange(len(first), device=device), again])
-        terms = [Term("rl", sampled, owner, config.adv_grpo * torch.cat([a0, a1[again]]), config.loss)]
+        terms = [Term("rl", sampled, owner, torch.cat([a0, a1[again]]), config.loss)]
         grown = min(1.0, (step - 1) / max(1, config.sd_ramp - 1)) if config.sd_ramp else 1.0
         if distils and grown * config.sd_coef:
             terms.append(distilled(bare, bare_logps, a_sd[again], again, grown * config.sd_coef, config))

@@ -180,6 +180,7 @@ FLAGS = {
     "no KL and no group": ("pi_distill", {"preset": "opsd", "hint": "none", "group-size": 1}, ["--group-size"]),
     "a hint without its place": ("pi_distill", {"hint-text": "hello"}, ["--hint-text", "{hint}"]),
     "no such hint column": ("pi_distill", {"task": "addition", "hint-column": "trce"}, ["--hint-column", "trce"]),
+    "a hint column of a task with hints": ("pi_distill", {"hint-column": "tip"}, ["--hint-column", "lookup"]),
     "an average that is none": ("pi_distill", {"preset": "opsd", "ema": 0.1}, ["--ema", "--opsd-teacher ema"]),
     "a mixture that is none": ("pi_distill", {"preset": "opsd", "jsd-beta": 0.1}, ["--jsd-beta", "--divergence jsd"]),
     "no hints at all": ("pi_distill", {"hint": "none", "require-hint": True}, ["--require-hint"]),

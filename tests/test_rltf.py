@@ -311,6 +311,13 @@ def test_sd_ratios_by_hand():
     torch.testing.assert_close(sd_gradient(SEEN, sd_ratio="sequence")[1], whole * keep, atol=1e-15, rtol=0)
 
 
+def test_the_weight_of_a_sequence_is_bounded():
+    """A second try that the bare prompt makes e^30 times as likely counts e^10 times."""
+    rows, config = bare_rows([[-31.0, -1.0]], [2]), Config(sd_ratio="sequence", sd_floor=0.0)
+    term = distilled(rows, f64([[0, -1.0, -1.0]]), f64([2.0]), torch.tensor([0]), 1.0, config)
+    assert term.weight.item() == pytest.approx(2 * math.exp(10))
+
+
 def test_sequence_weight_makes_the_expectation_that_of_the_bare_policy():
     """Over all answers of two tokens from a vocabulary of 3: E_x1[w A grad logp_x0] = E_x0[A grad logp_x0]."""
     g = torch.Generator().manual_seed(0)
@@ -542,7 +549,7 @@ def logps_by_hand(model, prompt, response, temperature=1.0):
     return logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
 
 
-def loss_by_hand(spy, model, mode, coef=0.1, lam=0.1, gamma=0.1, floor=-5.0, norm="batch", rl=1.0, temperature=1.0):
+def loss_by_hand(spy, model, mode, coef=0.1, lam=0.1, gamma=0.1, floor=-5.0, norm="batch", temperature=1.0):
     """The whole of Eq. 1 to 5 in loops, from what was sampled."""
     task, tokenizer = make_task("steps"), load_tokenizer("steps-guesser")
     first, second = spy.first, spy.second
@@ -563,13 +570,13 @@ def loss_by_hand(spy, model, mode, coef=0.1, lam=0.1, gamma=0.1, floor=-5.0, nor
     loss, tokens = 0.0, 0
     for i in range(len(first)):
         x0, y0 = pieces(first, i)
-        loss, tokens = loss - rl * a0[i] * logps_by_hand(model, x0, y0, temperature).sum(), tokens + len(y0)
+        loss, tokens = loss - a0[i] * logps_by_hand(model, x0, y0, temperature).sum(), tokens + len(y0)
         if r1[i] is None:
             continue
         x1, y1 = pieces(second, again.index(i))
         critique = task.critique(first.examples[i], first.texts[i])
         assert tokenizer.decode(x1) == first.examples[i].prompt[0]["content"] + f"{first.texts[i]}!{critique}="
-        loss, tokens = loss - rl * a1[i] * logps_by_hand(model, x1, y1, temperature).sum(), tokens + len(y1)
+        loss, tokens = loss - a1[i] * logps_by_hand(model, x1, y1, temperature).sum(), tokens + len(y1)
         if mode in ("sd", "both"):
             bare = logps_by_hand(model, x0, y1, temperature)
             kept = bare.detach() >= floor
@@ -586,8 +593,8 @@ def loss_by_hand(spy, model, mode, coef=0.1, lam=0.1, gamma=0.1, floor=-5.0, nor
 CASES = {
     "sd": ({}, {}), "fm": ({"mode": "fm"}, {}), "none": ({"mode": "none"}, {}), "single": ({"mode": "single"}, {}),
     "both": ({"mode": "both"}, {}), "sft": ({"mode": "sft"}, {}),
-    "weights": ({"mode": "both", "sd_coef": 0.7, "fm_lambda": 0.3, "gamma": 0.6, "adv_grpo": 0.5, "sd_floor": 2.0},
-                {"coef": 0.7, "lam": 0.3, "gamma": 0.6, "rl": 0.5, "floor": -2.0}),
+    "weights": ({"mode": "both", "sd_coef": 0.7, "fm_lambda": 0.3, "gamma": 0.6, "sd_floor": 2.0},
+                {"coef": 0.7, "lam": 0.3, "gamma": 0.6, "floor": -2.0}),
     "sum": ({"loss_norm": "sum", "sd_floor": 1e9}, {"norm": "sum", "floor": -1e9}),
     "token": ({"mode": "both", "loss_norm": "token", "temperature": 1.4}, {"norm": "token", "temperature": 1.4}),
     "no floor": ({"sd_floor": 0.0, "loss": "ppo"}, {"floor": -1e9}),
@@ -701,8 +708,11 @@ def test_a_second_prompt_beyond_the_context_is_dropped_and_counted(tmp_path, mon
     long = make_task("steps").__class__
     told = long.critique
     monkeypatch.setattr(long, "critique", lambda self, e, y: "9" * 600 if y[0] in "02468" else told(self, e, y))
+    seen, original = [], rltf.turn_advantages
+    monkeypatch.setattr(rltf, "turn_advantages", lambda *facts: seen.append(facts) or original(*facts))
     spy = Spy(monkeypatch, tmp_path / "run", prompts_per_step=12, mode="both")
-    row = spy.lines[1]
+    row, (_, _, _, two, _) = spy.lines[1], seen[0]
+    assert two.sum() == len(spy.second)  # those dropped count neither in a return nor in the mean of second rewards
     wrong = [t for e, t in zip(spy.first.examples, spy.first.texts, strict=True) if t != e.answer]
     assert row["rltf/dropped"] == sum(t[0] in "02468" for t in wrong) > 0 and len(spy.second) > 0
     assert row["rltf/second_share"] == len(spy.second) / len(spy.first)
@@ -760,6 +770,16 @@ def test_accuracy_of_second_tries_on_held_out_problems(tmp_path, monkeypatch):
     assert len(tried) == len(wrong) and [e.answer for e in tried.examples] == [e.answer for e in wrong]
     right = [e.answer == text for e, text in zip(tried.examples, tried.texts, strict=True)]
     assert any(right) and spy.lines[0]["rltf/second_heldout"] == pytest.approx(sum(right) / len(right))
+
+
+def test_a_second_prompt_that_just_fits_is_kept(tmp_path, monkeypatch):
+    """512 positions hold 3bafe=7104! and =, a critique of 495 tokens and a try of 5."""
+    for length, kept in ((495, True), (496, False)):
+        monkeypatch.setattr(make_task("steps").__class__, "critique", lambda self, e, y, n=length: "9" * n)
+        spy = Spy(monkeypatch, tmp_path / f"{length}")
+        assert (spy.second is not None) == kept and (spy.lines[1]["rltf/dropped"] == 0) == kept
+        if kept:
+            assert len(pieces(spy.second, 0)[0]) == 507
 
 
 def test_an_empty_critique_says_incorrect_and_predicts_nothing(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ def hint_texts(
     """
     form, column = config.hint, config.hint_column
     if form in ("full", "sparse") and hasattr(task, "privileged"):
+        require(column == "hint", f"--hint-column {column!r}: task {task.name!r} has hints of its own")
         return [task.privileged(example, form) for example in problems]
     rng, known = random.Random(seed_of(*key)), []
     for example in problems:
