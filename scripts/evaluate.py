@@ -30,9 +30,7 @@ from posttrain.common.training import pass_at_k
 class Config:
     model: str = "addition-student"  # folder, hub name, or a built-in tiny model
     task: str = "addition"  # addition, reasoning_gym:NAME, gsm8k, file.jsonl, or a datasets name
-    reward: str = (
-        "task"  # task (of an episode: its environment's) or path/to/file.py:function; a reward of 1 counts as correct
-    )
+    reward: str = "task"  # task (an episode: its environment) or path/to/file.py:function; 1 counts as correct
     prompt_column: str = "prompt"  # of a file or datasets name
     answer_column: str = "answer"  # of a file or datasets name
     problems: int = 256  # held-out problems, fewer if the task has fewer

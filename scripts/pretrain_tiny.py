@@ -212,20 +212,21 @@ def main(config: Config) -> None:
             engine, task, task.heldout(config.problems), 8, Sampling(1.0, recipe.max_new_tokens), seed=0, by="domain"
         )
         figures |= {"parameters": sum(p.numel() for p in engine.model.parameters())}
-        if hasattr(task, "oracle") or hasattr(task, "privileged"):  # behind the skill of a shortest solution, or a hint
-            told = task.heldout(config.problems)
-            hints = [task.privileged(e, "full") if hasattr(task, "privileged") else task.skill_text(task.oracle(e))
-                     for e in told]  # fmt: skip
-            told = [
-                replace(e, prompt=[{"role": "system", "content": hint}, *e.prompt])
-                for e, hint in zip(told, hints, strict=True)
-            ]
-            figures["told"] = evaluate(engine, task, told, 8, Sampling(1.0, recipe.max_new_tokens), seed=0)[0]
-        if hasattr(task, "second_prompt"):  # behind a critique of the greedy answer, where that is wrong
-            asked = task.heldout(config.problems)
-            first = engine.generate(asked, 1, Sampling(0.0, recipe.max_new_tokens), key=(0,)).texts
-            wrong = [(e, text) for e, text in zip(asked, first, strict=True) if task.grade(e, text) < CORRECT]
+        told, system = task.heldout(config.problems), None  # what else the model can read
+        if hasattr(task, "second_prompt"):  # a critique of its greedy answer, where that is wrong
+            first = engine.generate(told, 1, Sampling(0.0, recipe.max_new_tokens), key=(0,)).texts
+            wrong = [(e, text) for e, text in zip(told, first, strict=True) if task.grade(e, text) < CORRECT]
             told = [replace(e, prompt=task.second_prompt(e, text, task.critique(e, text))) for e, text in wrong]
+        elif hasattr(task, "privileged"):
+            system = [task.privileged(e, "full") for e in told]
+        elif hasattr(task, "oracle"):  # the skill of a shortest solution
+            system = [task.skill_text(task.oracle(e)) for e in told]
+        else:
+            told = []
+        if system:
+            system = [{"role": "system", "content": text} for text in system]
+            told = [replace(e, prompt=[message, *e.prompt]) for e, message in zip(told, system, strict=True)]
+        if told:
             figures["told"] = evaluate(engine, task, told, 8, Sampling(1.0, recipe.max_new_tokens), seed=0)[0]
         if hasattr(task, "route"):
             correct = [
