@@ -510,7 +510,7 @@ class Spy:
     """A run's samples by key, the rows that carried a loss, and the first gradient."""
 
     def __init__(self, patch, out, **given):
-        self.rollouts, self.rows, self.grads, self.steps = [], [], None, 0
+        self.rollouts, self.rows, self.scores, self.grads, self.steps = [], [], [], None, 0
         spy, step_, logps_ = self, Optimizer.step, rltf.token_logps
 
         class Engine(HFEngine):
@@ -526,7 +526,9 @@ class Spy:
 
         def token_logps(model, rows, *rest):
             spy.rows.append(rows)
-            return logps_(model, rows, *rest)
+            found = logps_(model, rows, *rest)
+            spy.scores.append(found[0].detach().clone())
+            return found
 
         patch.setattr(rltf, "ENGINES", {"hf": Engine})
         patch.setattr(Optimizer, "step", step)
@@ -772,6 +774,43 @@ def test_accuracy_of_second_tries_on_held_out_problems(tmp_path, monkeypatch):
     assert any(right) and spy.lines[0]["rltf/second_heldout"] == pytest.approx(sum(right) / len(right))
 
 
+def test_partial_credit_is_wrong_and_not_imitated(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "def f(e, text): return 1.0 if text == e.answer else 0.5 * (text[:1] in '01234')\n"
+    )
+    terms, original = [], rltf.distilled
+    monkeypatch.setattr(rltf, "distilled", lambda *facts: terms.append(original(*facts)) or terms[-1])
+    spy = Spy(monkeypatch, tmp_path / "run", reward=f"{tmp_path}/mine.py:f", mode="sft")
+    wrong = [e.answer != text for e, text in zip(spy.first.examples, spy.first.texts, strict=True)]
+    assert len(spy.second) == sum(wrong) and {0.0, 0.5} <= set(spy.first.reward.tolist())
+    right = [e.answer == text for e, text in zip(spy.second.examples, spy.second.texts, strict=True)]
+    assert {0.5, 1.0} <= set(spy.second.reward.tolist())
+    assert terms[0].weight.tolist() == pytest.approx([0.1 * each for each in right])
+
+
+def test_what_is_logged_of_several_optimizer_steps(tmp_path, monkeypatch):
+    """Losses are means over the steps on a batch; policy/kl_old is the mean of old - new over sampled tokens."""
+    one = Spy(monkeypatch, tmp_path / "one", mode="both", lr=1e-12).lines[1]
+    three = Spy(monkeypatch, tmp_path / "three", mode="both", lr=1e-12, minibatches=3).lines[1]
+    for key in ("total", "rl", "sd", "fm"):
+        assert three[f"loss/{key}"] == pytest.approx(one[f"loss/{key}"], rel=1e-4, abs=1e-6)
+    spy = Spy(monkeypatch, tmp_path / "moved", mode="none", lr=0.02, minibatches=3)
+    pairs = [(r.loss_mask, r.behaviour_logps - new) for r, new in zip(spy.rows, spy.scores, strict=True)]
+    mean = sum((m * gap).sum() for m, gap in pairs) / sum(m.sum() for m, _ in pairs)
+    assert abs(mean) > 1e-3 and spy.lines[1]["policy/kl_old"] == pytest.approx(float(mean), rel=1e-4)
+    engine = max(float((m * gap).abs().max()) for m, gap in pairs)
+    assert spy.lines[1]["engine/ratio_max"] < 1.01 < math.exp(engine)  # of the first step, before anything moved
+
+
+def test_the_share_of_tokens_under_the_floor(tmp_path, monkeypatch):
+    terms, original = [], rltf.distilled
+    monkeypatch.setattr(rltf, "distilled", lambda *facts: terms.append((facts[0], original(*facts))) or terms[-1][1])
+    row = Spy(monkeypatch, tmp_path / "run", sd_floor=2.0).lines[1]
+    (bare, term), *_ = terms
+    share = 1 - float(term.rows.loss_mask.sum() / bare.loss_mask.sum())
+    assert 0.02 < share < 0.4 and row["rltf/floored"] == pytest.approx(share, abs=1e-6)
+
+
 def test_a_second_prompt_that_just_fits_is_kept(tmp_path, monkeypatch):
     """512 positions hold 3bafe=7104! and =, a critique of 495 tokens and a try of 5."""
     for length, kept in ((495, True), (496, False)):
@@ -821,13 +860,14 @@ def test_second_tries_that_nobody_can_score_are_left_out(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("critic", ["correctness", "self", "steps-guesser", "column:start"])
 def test_every_critic_runs(tmp_path, monkeypatch, critic):
-    spy = Spy(monkeypatch, tmp_path / "run", critic=critic, mode="both", critique_tokens=4)
+    spy = Spy(monkeypatch, tmp_path / "run", critic=critic, mode="both", critique_tokens=4, temperature=1.3)
     tokenizer = load_tokenizer("steps-guesser")
     for j in range(len(spy.second)):
         prompt, example = tokenizer.decode(pieces(spy.second, j)[0]), spy.second.examples[j]
         said = prompt.partition("!")[2].removesuffix("=")
         assert said == {"correctness": BLANK, "column:start": example.fields["start"]}.get(critic, said)
     judged = [r for key, _, r in spy.rollouts if key == (0, 1, 1)]
+    assert all(s == Sampling(1.3, 4) for key, s, _ in spy.rollouts if key == (0, 1, 1))
     assert len(judged) == (critic in ("self", "steps-guesser"))
     for rollout in judged:
         assert all(tokenizer.decode(pieces(rollout, i)[0]).endswith("?") for i in range(len(rollout)))
