@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,23 +130,20 @@ class Run:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
             self.wandb.log(metrics, step=step)
-        if rollout is None:
+        if step == 0:
             return
-        with (self.folder / "samples.jsonl").open("a") as file:
-            for kind, i in sample_rows(rollout, step).items():
-                row = {"step": step, "kind": kind, "prompt": rollout.examples[i].prompt, "text": rollout.texts[i]}
-                row |= {"reward": rollout.reward[i].item()}
-                length = int(rollout.attention_mask[i].sum()) if signals else 0
-                for name, x in ({"ids": rollout.tokens, "turn": rollout.turn, **signals} if signals else {}).items():
-                    row[name] = [round(v, 4) for v in x[i, :length].tolist()] if torch.is_tensor(x) else x[i]
-                row |= {"episode": dataclasses.asdict(rollout.episodes[i])} if signals and rollout.episodes[i] else {}
-                file.write(json.dumps(row) + "\n")
+        self.sample(step, sampled(rollout, step, signals) if rollout else [])
         keys = ("reward", "accuracy", "entropy", "length")
         live = "  ".join(f"{key} {metrics[f'train/{key}']:.3g}" for key in keys if f"train/{key}" in metrics)
         live += f"  {metrics['time/tokens_per_second']:.0f} tokens/s"
         self.progress.update(self.bar, live=live)
         if not self.console.is_terminal and (step == 1 or step % max(1, self.config.steps // 10) == 0):
             print(f"step {step}/{self.config.steps}  {live}", flush=True)
+
+    def sample(self, step: int, rows: Iterable[dict]) -> None:
+        """Lines of samples.jsonl."""
+        with (self.folder / "samples.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
 
     def evaluate(self, step: int, engine, task: Task, name: str = "policy", problems: list | None = None) -> dict:
         """Held-out eval/* metrics, always of the same problems; prints one best, one worst and one other sample."""
@@ -165,7 +162,7 @@ class Run:
 
     def finish(self, policy: nn.Module, tokenizer: Any, compare: tuple[str, ...]) -> None:
         """Save model/, summary.json and curve.png; print before, after, teacher and stored results to compare with."""
-        config, k = self.config, self.config.eval_samples
+        config, k = self.config, getattr(self.config, "eval_samples", 0)
         save_model(policy, tokenizer, self.folder / "model")
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         rows = {"before": lines[0], "after": lines[-1]}
@@ -179,15 +176,17 @@ class Run:
         plot(self.folder, f"{self.method} on {config.task}", lines)
         studies = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
         same = ("model", "steps", "prompts_per_step", "group_size", "eval_problems", "eval_samples")
-        studies *= all(getattr(config, key) == getattr(type(config), key) for key in same)  # else none compares
+        studies *= all(getattr(config, k, 0) == getattr(type(config), k, 0) for k in same)  # else none compares
         stored = {k: v for each in studies if each.get("task") == config.task for k, v in each["methods"].items()}
         rows |= {f"{m}, stored mean of {stored[m]['seeds']} seeds": stored[m] for m in compare if m in stored}
-        table = Table(title=f"{self.method} on {config.task}: {config.eval_problems} held-out problems")
-        for column in ("", f"Avg@{k}", f"Pass@{k}", "greedy"):
-            table.add_column(column)
+        columns = dict(zip(EVAL_KEYS, (f"Avg@{k}" if k else "accuracy", "", f"Pass@{k}", "greedy"), strict=True))
+        columns = {key: label for key, label in columns.items() if label and any(key in row for row in rows.values())}
+        title = f"{self.method} on {config.task}: {config.eval_problems} held-out problems"
+        table = Table("", *columns.values(), title=title)
         for name, row in ((name, row) for name, row in rows.items() if row):
-            accuracy, error, passed, greedy = (f"{row[key]:.3f}" for key in EVAL_KEYS)
-            table.add_row(name, f"{accuracy} ± {error}", passed, greedy)
+            cells = {key: f"{value:.3f}" for key, value in row.items()}
+            cells["eval/accuracy"] += f" ± {cells['eval/accuracy_se']}"
+            table.add_row(name, *(cells.get(key, "") for key in columns))
         self.console.print(table)
         print(f"{seconds:.0f} s. Run folder: {self.folder}  Plot: {self.folder / 'curve.png'}")
         if self.wandb:
@@ -198,6 +197,16 @@ def sample_rows(rollout: Rollout, step: int) -> dict[str, int]:
     """One best, one worst and one arbitrary row by reward."""
     order = rollout.reward.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist()
     return {"best": order[0], "worst": order[-1], "other": order[step * 7919 % len(order)]}
+
+
+def sampled(rollout: Rollout, step: int, signals: dict | None) -> Iterator[dict]:
+    for kind, i in sample_rows(rollout, step).items():
+        row = {"kind": kind, "prompt": rollout.examples[i].prompt, "text": rollout.texts[i]}
+        row |= {"reward": rollout.reward[i].item()}
+        length = int(rollout.attention_mask[i].sum()) if signals else 0
+        for name, x in ({"ids": rollout.tokens, "turn": rollout.turn, **signals} if signals else {}).items():
+            row[name] = [round(v, 4) for v in x[i, :length].tolist()] if torch.is_tensor(x) else x[i]
+        yield row | ({"episode": dataclasses.asdict(rollout.episodes[i])} if signals and rollout.episodes[i] else {})
 
 
 def start_wandb(mode: str, folder: Path, flags: dict) -> Any:

@@ -83,58 +83,7 @@ class Procedural:
 NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][+-]?\d+)?(?:/\d+)?")
 
 
-class Rows:
-    """A finite table. Rows of its test or validation split are held out, else the tenth of prompts with the lowest
-    hashes; the others train, each as often as it stands there. Correct is what math-verify finds equal to the gold
-    answer (its part behind "####", if any), or is its very text.
-    """
-
-    def __init__(self, name: str, train: Any, heldout: Any, prompt_column: str, answer_column: str):
-        self.name = name
-        examples = self.read(train, prompt_column, answer_column)
-        if heldout is not None:
-            self.test = self.read(heldout, prompt_column, answer_column)
-        else:
-            unique = {text_of(example): example for example in reversed(examples)}
-            self.test = [unique[text] for text in sorted(unique, key=stable_hash)[: math.ceil(len(unique) / 10)]]
-        seen = {text_of(example) for example in self.test}
-        self.train = [example for example in examples if text_of(example) not in seen]
-        require(self.train and self.test, f"task {name!r}: {len(examples)} rows are too few to train on and hold out")
-
-    def read(self, table: Any, prompt_column: str, answer_column: str) -> list[Example]:
-        there = table.column_names
-        for column, flag in ((prompt_column, "--prompt-column"), (answer_column, "--answer-column")):
-            lacks = f"task {self.name!r} has no column {column!r}; {flag} can be one of: {', '.join(there)}"
-            require(column in there, lacks)
-        out = []
-        for i, row in enumerate(table):
-            prompt, answer = row.pop(prompt_column), row[answer_column]
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-            turns = messages if isinstance(messages, list) else []
-            texts = [turn.get("content") if isinstance(turn, dict) else None for turn in turns]
-            wrong = f"task {self.name!r}: row {i} lacks an answer, or its prompt is neither text nor chat messages"
-            require(texts and all(type(t) is str and t for t in texts) and answer is not None, wrong)
-            out.append(Example(messages, str(answer).split("####")[-1].strip(), {"solution": str(answer)} | row))
-        return out
-
-    def draw(self, n: int, *key: int) -> list[Example]:
-        rng, out = random.Random(repr(key)), []
-        while len(out) < n:
-            out += rng.sample(self.train, min(n - len(out), len(self.train)))
-        return out
-
-    def heldout(self, n: int) -> list[Example]:
-        return self.test[:n]
-
-    def grade(self, example: Example, completion: str) -> float:
-        literal = final_answer(completion, numeric=False) == example.answer
-        return float(literal or bool(limited(same_mathematics, example.answer, completion)))
-
-    def demonstrate(self, example: Example, rng: random.Random) -> str:
-        return str(example.fields["solution"])
-
-
-Task = Procedural | Rows
+Task = Any  # Procedural, or Rows of common/families/rows.py
 # name -> module of common/families and class in it, which takes the spec and, by keyword, its options
 FAMILIES = {"addition": "arithmetic:Arithmetic", "arithmetic": "arithmetic:Arithmetic", "chain": "chain:Chain"}
 FAMILIES |= {"lookup": "lookup:Lookup", "sokoban": "sokoban:Sokoban", "steps": "steps:Steps"}
@@ -150,30 +99,11 @@ def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "an
         known = [key for key, p in inspect.signature(family).parameters.items() if p.kind is p.KEYWORD_ONLY]
         options = options.split(",") if options and name != "reasoning_gym" else []  # that one reads its own
         return family(spec, **parse_options(f"task {name!r}", options, known))
+    from posttrain.common.families.rows import Rows, load_rows
+
     if spec == "gsm8k":
         return Rows(spec, *load_rows("openai/gsm8k:main"), "question", "answer")
     return Rows(spec, *load_rows(spec), prompt_column, answer_column)
-
-
-def load_rows(spec: str) -> tuple[Any, Any]:
-    import datasets
-
-    path, kind = Path(spec), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-    require(path.suffix not in kind or path.is_file(), f"task {spec!r}: no such file in {Path.cwd()}")
-    datasets.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)
-    try:
-        name, _, config = spec.partition(":")
-        file = {"path": kind.get(path.suffix), "data_files": str(path)}
-        splits = datasets.load_dataset(**file if path.suffix in kind else {"path": name, "name": config or None})
-    except Exception as error:
-        known = "addition, arithmetic, reasoning_gym:NAME, gsm8k, a data file or folder, or a name on the hub"
-        cause = first_line(error.__cause__ or error)
-        raise UserError(f"task {spec!r} cannot be loaded ({cause}); give {known}") from None
-    own = next((s for s in ("test", "validation") if s in splits), None)
-    train = next((s for s in ("train", *splits) if s in splits and s != own), own)
-    require(len(splits[train]) > 0, f"task {spec!r} is empty; give a file with at least two rows")
-    return splits[train], None if own in (None, train) else splits[own]
 
 
 def final_answer(completion: str, numeric: bool) -> str:

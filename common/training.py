@@ -139,11 +139,14 @@ def rollout_metrics(rollout: Rollout, reward_function: Any, task: Task) -> dict[
     }
 
 
-def resources(clock: list[float], rollout: Rollout) -> dict[str, float]:
-    """time/* in seconds, from the moments before sampling and after sampling, scoring and updating; peak memory."""
+def resources(clock: list[float], mask: Tensor) -> dict[str, float]:
+    """time/* in seconds, from the moments before sampling and after sampling, scoring and updating; peak memory.
+
+    mask: 1 on what tokens_per_second counts.
+    """
     sample, score, update = (b - a for a, b in itertools.pairwise(clock))
-    speed = rollout.loss_mask.sum().item() / (clock[-1] - clock[0])
+    speed = mask.sum().item() / (clock[-1] - clock[0])
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if rollout.tokens.is_cuda else rss
+    peak = torch.cuda.max_memory_allocated() if mask.is_cuda else rss
     total = {"time/sample": sample, "time/score": score, "time/update": update, "time/tokens_per_second": speed}
     return total | {"memory/peak_gib": peak / 2**30}

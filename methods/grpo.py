@@ -333,7 +333,7 @@ def main(config: Config) -> None:
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save
-        metrics |= stats.metrics() | resources(clock, rollout)
+        metrics |= stats.metrics() | resources(clock, rollout.loss_mask)
         if config.ent_target and learns:  # Skywork-OR1: nudge the bonus, within [0, 1]
             state["entropy"] = metrics["train/entropy"]
             nudge = config.ent_delta if state["entropy"] <= config.ent_target else -config.ent_delta

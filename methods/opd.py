@@ -335,7 +335,7 @@ def main(config: Config) -> None:
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save
-        metrics |= {**stats.metrics(), **resources(clock, rollout), "opd/on_policy": float(on_policy)}
+        metrics |= {**stats.metrics(), **resources(clock, rollout.loss_mask), "opd/on_policy": float(on_policy)}
         if run.due(step, config.eval_every):
             metrics |= run.evaluate(step, engine, task)
             gained, whole = metrics["eval/accuracy"] - state["start"], state["teacher"] - state["start"]

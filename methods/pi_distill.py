@@ -332,7 +332,7 @@ def main(config: Config) -> None:
         metrics |= {"pi/alpha": alpha if pi else 0.0}
         metrics |= {"pi/kl": kl.mean().item(), "pi/penalty": config.beta * kl.abs().mean().item()}
         metrics |= {"pi/hinted": sum(hinted) / config.prompts_per_step, "pi/live": live.double().mean().item()}
-        metrics |= stats.metrics() | resources(clock, rollout)
+        metrics |= stats.metrics() | resources(clock, rollout.loss_mask)
         if run.due(step, config.eval_every):
             metrics |= examine(step)
         run.log(step, metrics, rollout, {"k": k, "advantage": advantages[:, None] * mask})

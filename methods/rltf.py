@@ -336,7 +336,7 @@ def main(config: Config) -> None:
         metrics |= {"rltf/second_share": len(retry) / len(first), "rltf/dropped": len(tried) - len(retry)}
         metrics |= {"rltf/second_accuracy": (second.reward >= CORRECT).sum().item() / n2}
         metrics |= {"rltf/sd_advantage": a_sd.sum().item() / n2, "rltf/floored": floored}
-        metrics |= stats.metrics() | resources(clock, sampled)
+        metrics |= stats.metrics() | resources(clock, sampled.loss_mask)
         if run.due(step, config.eval_every):
             metrics |= examine(step)
         run.log(step, metrics, first, {"advantage": a0[:, None] * first.loss_mask})

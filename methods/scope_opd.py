@@ -337,7 +337,7 @@ def main(config: Config) -> None:
 
         # --- log, evaluate and save
         metrics |= {"loss/total": 0.0, "loss/mle": 0.0, "loss/opd": 0.0, "teacher/kl": 0.0}  # for a path without rows
-        metrics |= {**stats.metrics(), **resources(clock, rollout), **signal_metrics(on, weights, rollout.group)}
+        metrics |= stats.metrics() | signal_metrics(on, weights, rollout.group) | resources(clock, rollout.loss_mask)
         if run.due(step, config.eval_every):
             metrics |= run.evaluate(step, engine, task)
         run.log(step, metrics, rollout)

@@ -335,7 +335,7 @@ def main(config: Config) -> None:
         metrics |= {"teacher/kl": (gap.sum() / n_scored).item(), "teacher/kl_abs": (gap.abs().sum() / n_scored).item()}
         metrics |= {"skill/told": sum(map(bool, texts)) / len(texts), "skill/ever_solved": len(state["solved"])}
         metrics |= {"skill/bank": sum(map(len, state["bank"].values())), "skill/new": n_new}
-        metrics |= stats.metrics() | resources(clock, rollout)
+        metrics |= stats.metrics() | resources(clock, rollout.loss_mask)
         if run.due(step, config.eval_every):
             metrics |= examine(step)
         run.log(step, metrics, rollout, {"gap": gap, "advantage": advantages[:, None] * mask, "skill": skills})

@@ -308,7 +308,7 @@ def main(config: Config) -> None:
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save
-        metrics |= stats.metrics() | resources(clock, rollout)
+        metrics |= stats.metrics() | resources(clock, rollout.loss_mask)
         if run.due(step, config.eval_every):
             metrics |= run.evaluate(step, engine, task)
         run.log(step, metrics, rollout, {"weight": weights, "advantage": signal})

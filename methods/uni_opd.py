@@ -337,7 +337,7 @@ def main(config: Config) -> None:
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save
-        metrics |= rollout_metrics(rollout, reward, task) | stats.metrics() | resources(clock, rollout)
+        metrics |= rollout_metrics(rollout, reward, task) | stats.metrics() | resources(clock, rollout.loss_mask)
         if run.due(step, config.eval_every):
             metrics |= run.evaluate(step, engine, task)
         run.log(step, metrics, rollout)
