@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.common.cli import require
-from posttrain.common.rollout import HFEngine, Rollout, Sampling
+from posttrain.common.rollout import HFEngine, Rollout, Sampling, seed_of
 from posttrain.common.tasks import CORRECT, Example, Task, grade_all
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -50,6 +50,16 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state["adamw"])
         self.skipped = state["skipped"]
+
+
+def batch_of(n: int, size: int, seed: int, step: int) -> Tensor:
+    """Rows of a table of n for training step 1, 2, ...: a permutation an epoch, end to end, so that no batch is short.
+
+    -> [size] int64, a pure function of its arguments
+    """
+    at = torch.arange((step - 1) * size, step * size)
+    orders = {e: torch.Generator().manual_seed(seed_of(seed, e, 2)) for e in (at // n).unique().tolist()}
+    return torch.cat([torch.randperm(n, generator=g)[at[at // n == e] % n] for e, g in orders.items()])
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:

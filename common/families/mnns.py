@@ -1,6 +1,6 @@
 """Minimum non-negative sum (MNNS), CoT2's task: sign the digits so that their total is the least that is not negative.
 
-Vocabulary: <pad> <bos> <eos> -> + - D0..D9 (more where high is) and S-36..S36, the sums up to digits x high. A problem is
+Vocabulary: <pad> <bos> <eos> -> + - D0..D9 (more if high is above 9) and S-36..S36 (digits x high). A problem is
 <bos> D5 D1 D4 D2; a state is the sum so far, such as S5 S4 S0 S2; the answer is the last. All tuples of digits are
 problems. Those with the same digits in another order are on the same side of the split.
 """
@@ -18,14 +18,15 @@ SPLIT = 42  # the released code's seed, for every run: a split by the run's seed
 
 
 def ways(digits: tuple[int, ...]) -> list[list[int]]:
-    """The partial sums of each choice of signs, + before - from the left: [1, 3] -> [[1, 4], [1, -2], [-1, 2], [-1, -4]]"""
+    """The partial sums of each choice of signs, + before - from the left: (1, 3) -> 1 4, 1 -2, -1 2, -1 -4"""
     signs = itertools.product((1, -1), repeat=len(digits))
     return [list(itertools.accumulate(s * d for s, d in zip(chosen, digits, strict=True))) for chosen in signs]
 
 
 def nearest_first(paths: list[list[int]]) -> list[list[int]]:
     """By |total|, then the non-negative one; ties with - before + from the left, the order that budgets take."""
-    return sorted(reversed(paths), key=lambda path: (abs(path[-1]), path[-1] < 0))
+    minus_first = reversed(list(enumerate(paths)))
+    return [path for _, path in sorted(minus_first, key=lambda each: (abs(each[1][-1]), each[1][-1] < 0, -each[0]))]
 
 
 def shortest_total(paths: list[list[int]]) -> list[int]:

@@ -7,8 +7,8 @@ problem is <bos>, all edges as pairs of nodes in random order, a root of the fir
     prontoqa   one node of the last layer: does the root reach it, yes or no?
 
 Each step of a search moves one edge down, so that a state is a node; the step after the last layer is the answer. Both
-tasks are ours: the paper's data is not released in a form that runs, and in the toy of five layers with five nodes each a
-root reaches nearly every node of the last layer.
+tasks are ours, since the paper's data is not released in a form that runs. With layers of five nodes and four steps
+down a root would reach nearly every node of the last layer.
 """
 
 import random
@@ -66,7 +66,7 @@ def reach(name: str, *, width: int = 6, depth: int = 3, problems: int = 20000) -
         prompts[prompt] = None
         answer = first + good if pros else len(SPECIAL) + (not right)
         rng.shuffle(ways)
-        ways.sort(key=lambda way: way[-1] != asked[0] if not pros else way[-1] != good)
+        ways.sort(key=lambda way: way[-1] != good)  # a budget keeps those that get there
         paths.append([[*(first + node for node in way), answer] for way in ways])
         chains.append(paths[-1][0])
         if len(prompts) == problems:
