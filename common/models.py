@@ -6,22 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # its classes are imported when first named, which takes seconds that --help need not wait
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.utils import logging as transformers_logging
 
 from posttrain.common.cli import UserError, first_line, require
 
 TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py
 
-transformers_logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
 logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry; one line of ours is enough
-transformers_logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 
 def prepare(config: Any) -> torch.device:
     """Seeds, CPU threads and device of a run. One thread for the tiny models: two can be twenty times slower."""
-    set_seed(config.seed)
+    transformers.set_seed(config.seed)
     if config.threads or (TINY / config.model).is_dir():
         torch.set_num_threads(config.threads or 1)
     try:
@@ -41,8 +40,8 @@ def from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
         raise UserError(f"cannot load {name!r}: {known} ({first_line(error)})") from None
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = from_pretrained(AutoTokenizer, name)
+def load_tokenizer(name: str) -> "transformers.PreTrainedTokenizerBase":
+    tokenizer = from_pretrained(transformers.AutoTokenizer, name)
     require(tokenizer.eos_token_id is not None, f"the tokenizer of {name!r} has no eos_token; set it in its folder")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # only fills; masks come from lengths, not ids
     return tokenizer
@@ -57,7 +56,9 @@ def load_model(
     computes under autocast. A frozen model is held in dtype itself. With lora_rank > 0 only adapters train.
     """
     mixed = train and dtype == "bfloat16"
-    model = from_pretrained(AutoModelForCausalLM, name, dtype=torch.float32 if mixed else getattr(torch, dtype))
+    model = from_pretrained(
+        transformers.AutoModelForCausalLM, name, dtype=torch.float32 if mixed else getattr(torch, dtype)
+    )
     model = model.to(device).eval().requires_grad_(train)
     if lora_rank and train:
         from peft import LoraConfig, get_peft_model
@@ -78,7 +79,7 @@ def autocast(model: nn.Module) -> torch.autocast:
     return torch.autocast(plain(model).device.type, model.autocast_dtype, enabled=model.autocast_dtype is not None)
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_model(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", folder: Path) -> None:
     """Plain Hugging Face folder, written beside the target and renamed into place. Adapters are merged for good."""
     partial = folder.with_name(folder.name + ".partial")
     model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
@@ -88,7 +89,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pat
     partial.rename(folder)
 
 
-def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
     """Every token that ends a response: the tokenizer's and all of the generation config's (Qwen3 has two)."""
     ids = plain(model).generation_config.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})

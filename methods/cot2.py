@@ -32,8 +32,8 @@ from functools import partial
 from typing import Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from posttrain.common.cli import cli, require
 from posttrain.common.families.traces import ARROW, EOS, Traces, make_model
@@ -174,7 +174,7 @@ def embeddings(model: nn.Module) -> Tensor:
     return table(torch.arange(len(table.weight), device=table.weight.device))
 
 
-def read(model: nn.Module, inputs: Tensor, start: int, cache: DynamicCache | None = None) -> Tensor:
+def read(model: nn.Module, inputs: Tensor, start: int, cache: "transformers.DynamicCache | None" = None) -> Tensor:
     """fp32 logits of what follows each position from `start` on.  [N, L, d] -> [N, L - start, V]"""
     with autocast(model):
         states = model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None)[0]
@@ -203,7 +203,7 @@ def think(model: nn.Module, prompts: Tensor, steps: int, thought: Callable[[Tens
 
     thought: from logits [N, V] to what is read next, ids [N, K] or log a [N, V]; log_softmax is Eq. 1.
     """
-    table, cache, logits, thoughts = embeddings(model), DynamicCache(config=model.config), [], []
+    table, cache, logits, thoughts = embeddings(model), transformers.DynamicCache(config=model.config), [], []
     inputs = table[prompts]
     for t in range(steps):
         logits.append(read(model, inputs, inputs.shape[1] - 1, cache)[:, 0])

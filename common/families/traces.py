@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from posttrain.common.cli import require
 from posttrain.common.models import load_model
@@ -27,11 +27,13 @@ class Traces:
     chains: Tensor  # [problems, m] int64: the one way that a discrete chain of thought is taught; its end is the answer
     n_train: int
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
+    def tokenizer(self) -> "transformers.PreTrainedTokenizerFast":
         """A word for each symbol."""
         words = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(self.vocabulary)}, unk_token="<pad>"))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+        )
 
     def show(self, console: Console, step: int, prompts: Tensor, alpha: Tensor, answers: Tensor) -> list[dict]:
         """The surest, the most mistaken and one more problem, with what each step weighs most; printed and returned.
@@ -61,7 +63,9 @@ def make_model(config: Any, task: Traces, device: torch.device) -> nn.Module:
         require(config.width % config.heads == 0, "--width must be a multiple of --heads")
         shape = {"n_embd": config.width, "n_layer": config.layers, "n_head": config.heads, "n_positions": length}
         rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=size, **shape, **rates, **special)).to(device)
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=size, **shape, **rates, **special)).to(
+            device
+        )
         model.config.symbols = task.vocabulary
         model.autocast_dtype = torch.bfloat16 if config.dtype == "bfloat16" else None
         return model
