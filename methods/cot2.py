@@ -266,7 +266,7 @@ def main(config: Config) -> None:
                 metrics[f"eval/pass_at/{k}"] = pass_at_k(said == truth[:, None], k).mean().item()
             right, logits = (said == truth[:, None], draws[-1]) if mode == "grpo" else (right, logits)
         right = right.double().mean(1)
-        metrics |= {"eval/accuracy": right.mean().item(), "eval/accuracy_se": right.std().item() / len(right) ** 0.5}
+        metrics |= {"eval/accuracy": right.mean().item(), "eval/accuracy_se": right.std(correction=0).item() / len(right) ** 0.5}
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0).tolist()
         run.console.print(f"step {step}: accuracy {right.mean():.3f}, nats a step", *(f"{x:.2f}" for x in entropy))
         run.sample(step, task.show(run.console, step, asked, logits.softmax(-1), truth))
