@@ -265,8 +265,8 @@ def main(config: Config) -> None:
             for k in {1, 2, 4, 8, 16, config.eval_draws} & set(range(1, config.eval_draws + 1)):
                 metrics[f"eval/pass_at/{k}"] = pass_at_k(said == truth[:, None], k).mean().item()
             right, logits = (said == truth[:, None], draws[-1]) if mode == "grpo" else (right, logits)
-        right = right.double().mean(1)
-        metrics |= {"eval/accuracy": right.mean().item(), "eval/accuracy_se": right.std(correction=0).item() / len(right) ** 0.5}
+        error, right = right.double().mean(1).std(correction=0) / len(truth) ** 0.5, right.double().mean(1)
+        metrics |= {"eval/accuracy": right.mean().item(), "eval/accuracy_se": error.item()}
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0).tolist()
         run.console.print(f"step {step}: accuracy {right.mean():.3f}, nats a step", *(f"{x:.2f}" for x in entropy))
         run.sample(step, task.show(run.console, step, asked, logits.softmax(-1), truth))
