@@ -1,5 +1,7 @@
 """methods/cot2.py and its tasks against plain float64 loops, written from the equations of the method's sheet."""
 
+import copy
+import functools
 import itertools
 import json
 import math
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -836,3 +839,269 @@ def test_sampling_leaves_no_graph_and_inputs_as_they_were(model, small):
     logits, drawn = cot2.think(model, prompts, 3, THOUGHTS["dirichlet"]())
     assert not logits.requires_grad and not drawn.requires_grad and torch.equal(prompts, small.prompts[:4])
     assert cot2.score(model, prompts, drawn).requires_grad
+
+
+# --- whole runs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_plots():
+    """A run's curve takes longer than its four steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("posttrain.common.run.plot", lambda *_: None)
+        yield
+
+
+def run(out, **given):
+    values = {**SMALL, **({} if "model" in given else SHAPE), **given}
+    if values.get("mode", "csft") not in ("csft", "discrete", "none"):
+        values.setdefault("lr", 1e-3)
+    else:
+        values.pop("group_size", None)
+    if values.get("mode") not in ("grpo", "discrete"):
+        values.pop("eval_draws", None)
+    cot2.main(Config(**values, out=str(out)))
+    return out
+
+
+def lines(out, name="metrics.jsonl"):
+    return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+
+def results(out):
+    """metrics.jsonl without what a clock or the machine decides."""
+    return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines(out)]
+
+
+def weights(out):
+    return load_file(out / "model" / "model.safetensors")
+
+
+def assert_same_run(a, b):
+    assert results(a) == results(b) and lines(a, "samples.jsonl") == lines(b, "samples.jsonl")
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cot2")
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    """mode -> model/ of a run that has learned something, so that rewards differ."""
+
+    @functools.cache
+    def get(mode, **more):
+        out = run(folder / "-".join(["start", mode, *map(str, more.values())]), mode=mode, steps=80, lr=1e-2, **{
+            "eval_every": 0, "save_every": 0, "dropout": 0.0, **more})  # fmt: skip
+        return str(out / "model")
+
+    return get
+
+
+ARROWS = {"csft": 0, "discrete": 1, "none": 3}
+KINDS = {
+    "csft": {},
+    "csft self": {"feed": "self"},
+    "csft budget": {"budget": 2},
+    "discrete": {"mode": "discrete"},
+    "discrete full": {"mode": "discrete", "discrete_loss": "full"},
+    "discrete every 2": {"mode": "discrete", "keep_every": 2},
+    "none": {"mode": "none"},
+    "none full": {"mode": "none", "discrete_loss": "full"},
+    "grpo": {"mode": "grpo"},
+    "grpo of csft": {"mode": "grpo"},
+    "grpo normalised": {"mode": "grpo", "normalise_sampling": True, "temperature": 0.8},
+    "grpo all": {"mode": "grpo", "epochs": 3, "beta": 0.5, "k": 2, "lr": 1e-2},
+    "grpo normalised, all": {"mode": "grpo", "epochs": 3, "beta": 0.5, "normalise_sampling": True, "lr": 1e-2},
+    "grpo kl detached": {"mode": "grpo", "epochs": 2, "beta": 2.0, "kl_answer_detached": True, "lr": 1e-2},
+    "grpo dirichlet": {"mode": "grpo", "sampling": "dirichlet", "epochs": 2, "beta": 0.1, "lr": 3e-3},
+}
+
+
+def settings(kind, start):
+    given = dict(KINDS[kind])
+    if given.get("mode") == "grpo":
+        given["model"] = start("csft" if kind == "grpo of csft" else "discrete")
+    return given
+
+
+@pytest.fixture(scope="module")
+def finished(folder, start):
+    """kind -> the folder of its run."""
+    return functools.cache(lambda kind: run(folder / kind.replace(", ", "-"), **settings(kind, start)))
+
+
+ALWAYS = {"step", "loss/total", "train/accuracy", "train/entropy", "optim/lr", "optim/grad_norm", "optim/skipped",
+          "time/sample", "time/score", "time/update", "time/tokens_per_second", "memory/peak_gib"}  # fmt: skip
+OWN = {
+    "csft": {"loss/kl", "loss/answer"},
+    "discrete": {"loss/nll"},
+    "none": {"loss/nll"},
+    "grpo": {"loss/policy", "policy/kl_old", "train/reward", "train/zero_signal"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_metrics_have_the_keys_of_their_mode(finished, small, kind):
+    out, given = finished(kind), KINDS[kind]
+    mode, rows = given.get("mode", "csft"), lines(out)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    steps = {"none": 1, "discrete": 2 if "keep_every" in given else 3}.get(mode, 3)
+    evaluated = {"eval/accuracy", "eval/accuracy_se", *(f"cot2/entropy/{t + 1}" for t in range(steps))}
+    evaluated |= {f"eval/pass_at/{k}" for k in (1, 2, 3)} if mode in ("grpo", "discrete") else set()
+    own = ALWAYS | OWN[mode] | ({"loss/kl"} if "beta" in given else set())
+    assert rows[0].keys() == evaluated | {"step"}
+    for row in rows[1:]:
+        assert row.keys() == own | (evaluated if row["step"] % 2 == 0 else set())
+        assert all(map(math.isfinite, row.values()))
+        parts = [value for key, value in row.items() if key.startswith("loss/") and key != "loss/total"]
+        assert row["loss/total"] == pytest.approx(sum(parts), abs=1e-6)
+    assert {row["kind"] for row in lines(out, "samples.jsonl")} == {"best", "worst", "other"}
+    assert json.loads((out / "model" / "config.json").read_text())["symbols"] == small.vocabulary
+
+
+# --- training, step by step, against a plain loop
+
+
+class Watch:
+    """What a run samples: rows of think and any_token, in order of the calls."""
+
+    def __init__(self, patch):
+        self.thought, self.said = [], []
+        think, token = cot2.think, cot2.any_token
+
+        def thinking(*args):
+            self.thought.append(think(*args))
+            return self.thought[-1]
+
+        def saying(*args):
+            self.said.append(token(*args))
+            return self.said[-1]
+
+        patch.setattr(cot2, "think", thinking)
+        patch.setattr(cot2, "any_token", saying)
+
+
+def forward(model, vectors):
+    return model(inputs_embeds=vectors).logits.double()
+
+
+def plain_loss(model, reference, task, rows, config, sampled):
+    """Sheet sections 4 and 5, a problem at a time, in the order of the text. -> loss, reward"""
+    table, m = model.get_input_embeddings().weight, 3
+    total, mode = 0.0, config.mode
+    n = len(rows)
+    if mode in ("discrete", "none"):
+        terms = []
+        for i in rows:
+            chain = task.chains[i].tolist()
+            kept = [chain[-1]] if mode == "none" else [s for t, s in enumerate(chain, 1) if t == m or
+                                                       t % config.keep_every == 0]  # fmt: skip
+            asked = [*task.prompts[i].tolist(), *[ARROW] * ARROWS[mode]]
+            line = [*asked, *kept, EOS]
+            logits = model(torch.tensor([line])).logits[0].double().log_softmax(-1)
+            first = 1 if config.discrete_loss == "full" else len(asked)
+            terms += [-logits[t - 1, line[t]] for t in range(first, len(line))]
+        return sum(terms) / len(terms)
+    if mode == "csft":
+        for i in rows:
+            problem, kept = task.prompts[i].tolist(), task.paths[i].tolist()[: config.budget or None]
+            vectors = [table[j] for j in problem]
+            for t in range(m):
+                alpha = torch.zeros(len(table))
+                for path in kept if t < m - 1 else kept[:1]:
+                    alpha[path[t]] += 1 / len(kept) if t < m - 1 else 1.0
+                if t == m - 1:
+                    logits = forward(model, torch.stack(vectors)[None])[0]
+                    for s, goal in enumerate((*goals, alpha)):
+                        at = logits[len(problem) - 1 + s].log_softmax(-1)
+                        total = total + sum(a * (a.log() - at[v]) for v, a in enumerate(goal.double()) if a > 0) / n
+                    break
+                goals = [alpha] if t == 0 else [*goals, alpha]
+                own = forward(model, torch.stack(vectors)[None])[0, -1].softmax(-1).float()
+                vectors.append((own if config.feed == "self" else alpha) @ table)
+        return total
+    (old, drawn), said = sampled
+    reward = (said[:, 0] == task.chains[rows, -1]).double().view(-1, config.group_size)
+    std = reward.std(1, correction=0, keepdim=True)
+    advantages = ((reward - reward.mean(1, keepdim=True)) / std.clamp(min=1e-12)).flatten().tolist()
+    arrows = torch.full((n, config.arrows), ARROW)
+
+    def logits_of(model):
+        table = model.get_input_embeddings().weight
+        weighed = drawn.exp().float() @ table if drawn.is_floating_point() else table[drawn].mean(2)
+        prompts = torch.cat([task.prompts[rows], arrows], 1)
+        return forward(model, torch.cat([table[prompts], weighed], 1))[:, prompts.shape[1] - 1 :]
+
+    def scaled(a, b, i, t):
+        """log r of a over b"""
+        if t == m - 1:
+            return a[i, t].log_softmax(-1)[said[i, 0]] - b[i, t].log_softmax(-1)[said[i, 0]]
+        if config.sampling == "dirichlet":
+            p, q = a[i, t].softmax(-1), b[i, t].softmax(-1)
+            kept = torch.maximum(p, q) >= config.dirichlet_floor
+            c, d = (x[kept].clamp(min=config.dirichlet_floor) for x in (p, q))
+            c, d = config.gamma * c / c.sum(), config.gamma * d / d.sum()
+            on = drawn[i, t][kept].log_softmax(0)
+            return ((c - d) * on - torch.lgamma(c) + torch.lgamma(d)).sum()
+        flat = config.temperature * (config.k if config.normalise_sampling else 1)
+        a, b = ((x[i, t] / flat).log_softmax(-1)[drawn[i, t]] for x in (a, b))
+        return (a - b).sum() if config.normalise_sampling else (a - b).mean()
+
+    new, old = logits_of(model), old.double()
+    ref = logits_of(reference).detach()
+    for i, a in enumerate(advantages):
+        for t in range(m):
+            r = scaled(new, old, i, t).exp()
+            total = total - torch.minimum(r * a, r.clamp(1 - config.clip, 1 + config.clip) * a) / (n * m)
+            if config.beta:
+                d = scaled(ref, new, i, t)
+                d = d.detach() if config.kl_answer_detached and t == m - 1 else d
+                total = total + config.beta * (d.exp() - d - 1) / (n * m)
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_steps_equal_a_plain_loop(small, start, tmp_path, kind, monkeypatch):
+    """Loss, gradient norm and weights, with AdamW written out anew; what is sampled is taken from the run."""
+    given = {**settings(kind, start), "steps": 2, "prompts_per_step": 3, "eval_every": 0, "max_grad_norm": 0.5}
+    given |= {} if "model" in given else {"dropout": 0.0}
+    watch = Watch(monkeypatch)
+    out = run(tmp_path / "run", **given)
+    config = Config(**{**SMALL, **SHAPE, **given})
+    torch.manual_seed(0)
+    if "model" in given:
+        model = AutoModelForCausalLM.from_pretrained(given["model"]).eval()
+    else:
+        model = make_model(Config(**SHAPE, dropout=0.0, task=TASK), small, CPU).eval()
+    reference, config.arrows = copy.deepcopy(model), getattr(model.config, "arrows", 0)
+    adamw = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=0.01)
+    # evaluation thinks once, and eval_draws times more if it samples, before step 1 and after the last
+    at = 1 + config.eval_draws
+    rows_of = lines(out)
+    for step in (1, 2):
+        rows = batch_of(51, 3, 0, step)
+        sampled = None
+        if config.mode == "grpo":
+            rows = rows.repeat_interleave(4)
+            sampled = watch.thought[at + step - 1], watch.said[step - 1]
+            assert ((watch.said[step - 1][:, 0] == small.chains[rows, -1]).double().mean().item()) == pytest.approx(
+                rows_of[step]["train/reward"]
+            )
+        for _ in range(config.epochs):
+            loss = plain_loss(model, reference, small, rows, config, sampled)
+            adamw.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            adamw.step()
+        assert rows_of[step]["loss/total"] == pytest.approx(loss.item(), abs=2e-5, rel=1e-4)
+        assert rows_of[step]["optim/grad_norm"] == pytest.approx(norm.item(), abs=1e-5, rel=2e-3)
+    if config.mode == "grpo":
+        assert norm > 0.01, "a batch without a signal tests nothing"
+    ours, theirs = weights(out), model.state_dict()
+    for name, value in ours.items():
+        gap = (value - theirs[name]).abs()
+        assert gap.mean() < 0.02 * config.lr, name  # of a step; where a gradient is noise its sign is too
