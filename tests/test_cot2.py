@@ -1146,8 +1146,9 @@ def test_pass_at_k_counts_the_draws_of_the_modes_own_inference(start, small, tmp
     """Accuracy and Pass@k from the logits that think gave: the answer's argmax in grpo, a sample in discrete."""
     flags = {"mode": "grpo", **flags}
     flags = {key: value for key, value in flags.items() if flags["mode"] == "grpo" or key != "k"}
+    taught = start("discrete")  # before the watch begins
     watch = Watch(monkeypatch)
-    out = run(tmp_path / "run", model=start("discrete"), steps=1, eval_draws=4, **flags)
+    out = run(tmp_path / "run", model=taught, steps=1, eval_draws=4, **flags)
     row, truth = lines(out)[0], small.chains[51:, -1]
     thoughts = watch.thought[:5]
     if flags["mode"] == "grpo":
@@ -1156,7 +1157,7 @@ def test_pass_at_k_counts_the_draws_of_the_modes_own_inference(start, small, tmp
         for logits, drawn in thoughts[1:]:  # what was read is what was drawn
             assert drawn.shape[-1] == (len(small.vocabulary) if config.sampling == "dirichlet" else config.k)
             with torch.no_grad():
-                model = AutoModelForCausalLM.from_pretrained(start("discrete")).eval()
+                model = AutoModelForCausalLM.from_pretrained(taught).eval()
                 model.autocast_dtype = None
                 prompts = torch.nn.functional.pad(small.prompts[51:], (0, 1), value=ARROW)
                 close(cot2.score(model, prompts, drawn), logits, 1e-4)
@@ -1176,15 +1177,14 @@ def test_pass_at_k_counts_the_draws_of_the_modes_own_inference(start, small, tmp
 
 @pytest.mark.parametrize("mode", ["discrete", "csft"])
 def test_grpo_asks_as_the_model_was_taught_after_saving_twice_too(start, tmp_path, mode, monkeypatch):
-    watch, asked_for = Watch(monkeypatch), []
-    think = cot2.think
+    taught, asked_for, think = start(mode), [], cot2.think
     monkeypatch.setattr(
         cot2, "think", lambda model, prompts, *a: asked_for.append(prompts) or think(model, prompts, *a)
     )
-    first = run(tmp_path / "a", mode="grpo", model=start(mode), steps=1)
+    first = run(tmp_path / "a", mode="grpo", model=taught, steps=1)
     run(tmp_path / "b", mode="grpo", model=str(first / "model"), steps=1)
     width = 5 if mode == "discrete" else 4
-    assert len(watch.thought) == len(asked_for) and all(prompts.shape[1] == width for prompts in asked_for)
+    assert len(asked_for) > 8 and all(prompts.shape[1] == width for prompts in asked_for)
     assert all((prompts[:, -1] == ARROW).all() == (mode == "discrete") for prompts in asked_for)
 
 
