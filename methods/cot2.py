@@ -239,8 +239,7 @@ def main(config: Config) -> None:
     require(isinstance(task, Traces), f"--task {config.task!r} has no traces; choose mnns, prosqa or prontoqa")
     model, m = make_model(config, task, device), task.paths.shape[2]
     # Arrows stand before a trace or, as fillers, before a bare answer; grpo asks in the way that the model was taught.
-    taught = getattr(model.config, "arrows", 0)
-    model.config.arrows = arrows = {"csft": 0, "discrete": 1, "none": m, "grpo": taught}[mode]
+    model.config.arrows = arrows = {"csft": 0, "discrete": 1, "none": m}.get(mode, getattr(model.config, "arrows", 0))
     kept = [t for t in range(m) if t == m - 1 or (mode != "none" and (t + 1) % config.keep_every == 0)]
     prompts, chains = nn.functional.pad(task.prompts, (0, arrows), value=ARROW).to(device), task.chains.to(device)
     paths, chains, answers, n = task.paths.to(device), chains[:, kept], chains[:, -1], prompts.shape[1]
@@ -265,8 +264,9 @@ def main(config: Config) -> None:
             for k in {1, 2, 4, 8, 16, config.eval_draws} & set(range(1, config.eval_draws + 1)):
                 metrics[f"eval/pass_at/{k}"] = pass_at_k(said == truth[:, None], k).mean().item()
             right, logits = (said == truth[:, None], draws[-1]) if mode == "grpo" else (right, logits)
-        error, right = right.double().mean(1).std(correction=0) / len(truth) ** 0.5, right.double().mean(1)
-        metrics |= {"eval/accuracy": right.mean().item(), "eval/accuracy_se": error.item()}
+        right = right.double().mean(1)  # [P]
+        metrics["eval/accuracy"] = right.mean().item()
+        metrics["eval/accuracy_se"] = right.std(correction=int(len(right) > 1)).item() / len(right) ** 0.5
         entropy = torch.special.entr(logits.softmax(-1)).sum(-1).mean(0).tolist()
         run.console.print(f"step {step}: accuracy {right.mean():.3f}, nats a step", *(f"{x:.2f}" for x in entropy))
         run.sample(step, task.show(run.console, step, asked, logits.softmax(-1), truth))
