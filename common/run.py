@@ -87,7 +87,8 @@ class Run:
         state = {"step": step, "seconds": self.seconds + time.monotonic() - self.start}
         for name, part in parts.items():
             state[name] = part if isinstance(part, dict) else part.state_dict()
-            adapters = {key: value for key, value in state[name].items() if ".lora_" in key}
+            tuned = (".lora_", ".modules_to_save.")
+            adapters = {key: value for key, value in state[name].items() if any(mark in key for mark in tuned)}
             state[name] = adapters or state[name]  # LoRA: the frozen base is not stored
         partial = self.checkpoint.with_name("state.pt.partial")
         torch.save(state, partial)

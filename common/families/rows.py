@@ -61,7 +61,8 @@ class Rows:
         return str(example.fields["solution"])
 
 
-def load_rows(spec: str) -> tuple[Any, Any]:
+def load_rows(spec: str, heldout: tuple[str, ...] = ("test", "validation")) -> tuple[Any, Any]:
+    """Training rows and the first split of heldout that is there, else None."""
     import datasets
 
     path, kind = Path(spec), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -76,7 +77,7 @@ def load_rows(spec: str) -> tuple[Any, Any]:
         known = "addition, arithmetic, reasoning_gym:NAME, gsm8k, a data file or folder, or a name on the hub"
         cause = first_line(error.__cause__ or error)
         raise UserError(f"task {spec!r} cannot be loaded ({cause}); give {known}") from None
-    own = next((s for s in ("test", "validation") if s in splits), None)
+    own = next((s for s in heldout if s in splits), None)
     train = next((s for s in ("train", *splits) if s in splits and s != own), own)
     require(len(splits[train]) > 0, f"task {spec!r} is empty; give a file with at least two rows")
     return splits[train], None if own in (None, train) else splits[own]

@@ -1,0 +1,76 @@
+"""Labelled examples as batches of a model, and the logits that a model gives to what is to be predicted.
+
+A table has `kind` (classify, seq2seq, causal), `names` of classes (none: a language model), `size(split)`,
+`collate(split, indices, reader) -> Batch` and `describe(split, index) -> str`; splits are train and test.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from posttrain.common.models import autocast, plain
+from posttrain.common.rollout import seed_of
+
+
+@dataclass
+class Reader:
+    """How one model reads a table."""
+
+    tokenizer: Any  # None: no text but features
+    device: torch.device
+    max_length: int = 0
+    start: int = 0  # encoder-decoders: the token before the first of an answer
+
+
+@dataclass
+class Batch:
+    """B examples with n predictions, in the order of examples and, within an answer, of tokens."""
+
+    inputs: dict[str, Tensor]  # of the model, [B, ...]
+    labels: Tensor  # [n], class or token
+    owner: Tensor  # [n], the example of each prediction
+    at: Tensor | None = None  # bool [B, T], language models: True at the n hidden states that predict
+    cut: int = 0  # answers that max_length has shortened
+
+
+def upcast(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def logits_of(model: nn.Module, batch: Batch, keep: Tensor | None = None) -> Tensor:
+    """Logits of all n predictions or of those in keep [k], fp32 (fp64) whatever the model's dtype.  -> [n or k, V]
+
+    The head of a language model sees these rows only. What models do before it (T5's scale) and after it (BART's
+    bias, Gemma's cap) is their own forward's: nothing but the head is replaced while it runs.
+    """
+    keep, head = slice(None) if keep is None else keep, plain(model).get_output_embeddings()
+    if batch.at is None:
+        with autocast(model):
+            return upcast(model(**batch.inputs).logits)[keep]
+
+    def chosen_rows(hidden: Tensor) -> Tensor:
+        rows, bias = upcast(hidden[batch.at][keep]), getattr(head, "bias", None)
+        with torch.autocast(rows.device.type, enabled=False):  # bf16 logits would put 5e-2 nats of noise on a log-prob
+            return linear(rows, head.weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+
+    head.forward = chosen_rows
+    try:
+        with autocast(model):
+            return upcast(model(**batch.inputs, use_cache=False).logits)
+    finally:
+        del head.forward  # the class's own is back
+
+
+def indices(size: int, batch: int, step: int, seed: int) -> list[int]:
+    """Batch `step` (1, 2, ...) of the permutations of all epochs laid end to end, so that every batch is full.
+
+    An epoch's permutation depends on (seed, epoch) alone: a resumed run needs no replay.
+    """
+    places, orders = range((step - 1) * batch, step * batch), {}
+    for epoch in {place // size for place in places}:
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch, 2**31 + 1))
+        orders[epoch] = torch.randperm(size, generator=generator).tolist()
+    return [orders[place // size][place % size] for place in places]
