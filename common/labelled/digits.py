@@ -31,6 +31,7 @@ def make_mlp(hidden: list[int]) -> MLP:
     return MLP(MLPConfig(hidden_sizes=hidden, id2label=dict(enumerate(NAMES)))).eval()
 
 
+@functools.cache
 def trained_teacher() -> MLP:
     """64-256-256-10, 30 epochs over all that is not held out; the same in every run, whatever its seed."""
     x, y = (t[HELDOUT:] for t in images())

@@ -1,5 +1,6 @@
 """Students and teachers for tables: classifiers, encoder-decoders, causal language models, and the digits' networks."""
 
+import copy
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class BuiltIn:
     def from_pretrained(name: str, dtype: torch.dtype, **rest: Any) -> tuple[nn.Module, dict]:
         from posttrain.common.labelled.digits import make_mlp, trained_teacher
 
-        return (make_mlp([12]) if name == "digits-student" else trained_teacher()).to(dtype), {"missing_keys": []}
+        model = make_mlp([12]) if name == "digits-student" else copy.deepcopy(trained_teacher())
+        return model.to(dtype), {"missing_keys": []}
 
 
 def settings(name: str) -> tuple[Any, str]:
