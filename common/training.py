@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.common.cli import require
-from posttrain.common.rollout import HFEngine, Rollout, Sampling
+from posttrain.common.rollout import HFEngine, Rollout, Sampling, seed_of
 from posttrain.common.tasks import CORRECT, Example, Task, grade_all
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -50,6 +50,16 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.adamw.load_state_dict(state["adamw"])
         self.skipped = state["skipped"]
+
+
+def epoch_rows(size: int, batch: int, step: int, seed: int) -> list[int]:
+    """Batch `step` (1, 2, ...) of the permutations of all epochs laid end to end, so that every batch is full. An epoch's
+    permutation depends on (seed, epoch) alone: a resumed run needs no replay."""
+    places, orders = range((step - 1) * batch, step * batch), {}
+    for epoch in {place // size for place in places}:
+        generator = torch.Generator().manual_seed(seed_of(seed, epoch, 2**31 + 1))
+        orders[epoch] = torch.randperm(size, generator=generator).tolist()
+    return [orders[place // size][place % size] for place in places]
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:

@@ -27,7 +27,7 @@ Run: python methods/sinkd.py        Expected: see the table of results in README
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,57 +35,33 @@ from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.common.cli import cli, require
-from posttrain.common.labelled.batches import Reader, indices, logits_of
-from posttrain.common.labelled.models import kind_of, load, make_reader
+from posttrain.common.labelled.batches import logits_of
+from posttrain.common.labelled.models import kind_of, load, make_table
 from posttrain.common.models import load_tokenizer, prepare, shared_vocabulary
 from posttrain.common.rollout import seed_of
 from posttrain.common.run import Run
-from posttrain.common.tasks import parse_options
-from posttrain.common.training import Optimizer, Schedule, resources
+from posttrain.common.training import Optimizer, Schedule, epoch_rows, resources
 from posttrain.kernels.divergence import divergence
-from posttrain.kernels.sinkhorn import pairwise_cost, sinkhorn, sinkhorn_scaling
+from posttrain.kernels.sinkhorn import converged_slope, pairwise_cost, sinkhorn, sinkhorn_scaling
 
 METRICS = {"l1": ("l1", 2.0), "l2": ("l2", math.sqrt(2)), "sq": ("sql2", 2.0)}  # of (4): the kernel's name, the largest
 KERNEL = {"kl": "forward_kl", "rkl": "reverse_kl", "js": "jsd"}
-
-
-LINEAR = {"schedule": "linear"}
-
-
-def glue(alpha: float, t: float, lr: float, batch: int, anneal: bool = False, **more: int) -> dict:
-    return {
-        "alpha": alpha,
-        "kd_temperature": t,
-        "lr": lr,
-        "prompts_per_step": batch,
-        "anneal": anneal,
-        **LINEAR,
-        **more,
-    }
-
-
-LMS = LINEAR | {
-    "combine": "added",
-    "alpha": 0.1,
-    "kd_temperature": 1.0,
-    "lr": 1e-4,
-    "weight_decay": 0.01,
-    "prompts_per_step": 4,
+GLUE = {  # of the released scripts: alpha, T, lr, batch, annealed T; behind each its epochs, which --steps expresses
+    "cola": (0.9, 1.0, 5e-5, 16, False),  # 20
+    "mnli": (0.8, 3.0, 4e-5, 16, True),  # 10
+    "mrpc": (1.0, 4.0, 3e-5, 16, True),  # 3
+    "qnli": (0.8, 3.0, 3e-5, 16, False),  # 6
+    "qqp": (1.0, 4.0, 4e-5, 32, True),  # 8
+    "rte": (0.9, 3.5, 2e-5, 16, False),  # 5, with seed 20
+    "sst2": (0.9, 2.0, 4e-5, 32, False),  # 2
 }
-PRESETS = {  # the released scripts'; behind each the epochs, which --steps expresses
-    "none": {},
-    "cola": glue(0.9, 1.0, 5e-5, 16),  # 20
-    "mnli": glue(0.8, 3.0, 4e-5, 16, True),  # 10
-    "mrpc": glue(1.0, 4.0, 3e-5, 16, True),  # 3
-    "qnli": glue(0.8, 3.0, 3e-5, 16),  # 6
-    "qqp": glue(1.0, 4.0, 4e-5, 32, True),  # 8
-    "rte": glue(0.9, 3.5, 2e-5, 16, seed=20),  # 5
-    "sst2": glue(0.9, 2.0, 4e-5, 32),  # 2
-    "t0": LMS | {"max_length": 1024},  # 10
-    "gpt_neo": LMS | {"divergence": "none"},  # 300; the released script has no Sinkhorn term
-    "uld": {"mode": "uld"},
-    "mlot": {"mode": "mlot", "iters": 10, "mlot_faithful": True},
-}
+NAMES = ("alpha", "kd_temperature", "lr", "prompts_per_step", "anneal", "schedule")
+PRESETS = {"none": {}} | {task: dict(zip(NAMES, (*row, "linear"), strict=True)) for task, row in GLUE.items()}
+PRESETS["rte"]["seed"] = 20
+PRESETS["gpt_neo"] = dict(zip(NAMES, (0.1, 1.0, 1e-4, 4, False, "linear"), strict=True))  # 300, without a Sinkhorn term
+PRESETS["gpt_neo"] |= {"weight_decay": 0.01, "combine": "added", "divergence": "none"}
+PRESETS["t0"] = PRESETS["gpt_neo"] | {"divergence": "sinkhorn", "max_length": 1024}  # 10
+PRESETS |= {"uld": {"mode": "uld"}, "mlot": {"mode": "mlot", "iters": 10, "mlot_faithful": True}}
 
 
 @dataclass
@@ -163,22 +139,12 @@ def softened(student: Tensor, teacher: Tensor, tau: float, top: int = 0) -> list
     return [torch.cat([x[:, kept], x.index_fill(1, kept, -torch.inf).logsumexp(1, True)], 1) for x in pair]
 
 
-def implicit_slope(cost: Tensor, plan: Tensor, eps: float) -> Tensor:
-    """dS/dC where the iteration has converged, by the linear system of the marginals.  [N, M], [N, M] -> [N, M]"""
-    cost, plan = cost.detach().double(), plan.double()
-    product, a, b = plan * cost, plan.sum(1), plan.sum(0)
-    system = torch.cat([torch.cat([a.diag(), plan], 1), torch.cat([plan.T, b.diag()], 1)])  # symmetric, singular
-    xy = torch.linalg.pinv(system, hermitian=True) @ torch.cat([product.sum(1), product.sum(0)])
-    x, y = xy.split([len(a), len(b)])
-    return plan * (1 + (x[:, None] + y - cost) / eps)
-
-
 def transport(cost: Tensor, config) -> tuple[Tensor, Tensor]:
     """Eq. 5 and 6: S with the gradient of --sink-grad, and P without.  [N, N] -> scalar, [N, N]"""
     value, plan = (sinkhorn if config.sink_form == "stable" else sinkhorn_scaling)(cost, config.eps, config.iters)
     if config.sink_grad == "unroll":
         return value, plan
-    slope = plan if config.sink_grad == "plan" else implicit_slope(cost, plan, config.eps).to(plan.dtype)
+    slope = plan if config.sink_grad == "plan" else converged_slope(cost, plan, config.eps).to(plan.dtype)
     linear = (slope * cost).sum()
     return value.detach() + linear - linear.detach(), plan
 
@@ -312,29 +278,12 @@ def check(config: Config, kind: str = "") -> None:
     require(fits, f"{lost}: raise --eps to {largest / 103:.3f}, or use --sink-form stable")
 
 
-def make_table(config: Config, kind: str, device: torch.device) -> tuple[Any, list[Reader]]:
-    """The examples, and how student and teacher read them."""
-    if is_digits(config):
-        from posttrain.common.labelled.digits import Digits
-
-        given = [option for option in config.task.partition(":")[2].split(",") if option]
-        options = parse_options("task 'digits'", given, ("noise", "rows"))
-        return Digits(config.task, config.seed, **options), [Reader(None, device)] * 2
-    from posttrain.common.labelled.text import Answers, Classes
-
-    readers = [make_reader(name, kind, device, config.max_length) for name in (config.model, config.teacher)]
-    if kind == "classify":
-        return Classes(config.task, config.text_column, config.text_pair_column, config.label_column), readers
-    readers = readers[:1] * 2 if config.mode == "batch" else readers  # the same tokens
-    return Answers(config.task, kind, config.prompt_column, config.answer_column, readers), readers
-
-
 def main(config: Config) -> None:
     check(config)
     device = prepare(replace(config, threads=config.threads or int(is_digits(config))))
     kind = "classify" if is_digits(config) else config.kind if config.kind != "auto" else kind_of(config.model)
     check(config, kind)
-    table, readers = make_table(config, kind, device)
+    table, readers = make_table(config, kind, device, config.mode == "batch")
     policy = load(config.model, table, readers[0], config.dtype, config.lora_rank, train=True)
     teacher = load(config.teacher, table, readers[1], config.dtype)
     lm, same, width, names = kind != "classify", config.mode == "batch", None, table.names
@@ -379,7 +328,7 @@ def main(config: Config) -> None:
     for step in run.steps(done):
         # --- sample and grade: the data have been
         clock, key, keep = [time.perf_counter()], (config.seed, step, 2**31 + 3), None
-        rows = indices(size, config.prompts_per_step, step, config.seed)
+        rows = epoch_rows(size, config.prompts_per_step, step, config.seed)
         batch, given = (table.collate("train", rows, reader) for reader in readers)
         if lm and same and 0 < config.rows < len(batch.labels):
             order = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(seed_of(*key)))

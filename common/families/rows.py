@@ -61,6 +61,33 @@ class Rows:
         return str(example.fields["solution"])
 
 
+class LabelledRows(Rows):
+    """Texts, or pairs of texts, with a class. Classes are numbered as the column's ClassLabel has them, else sorted."""
+
+    def __init__(self, name: str, train: Any, heldout: Any, text_column: str, pair_column: str, label_column: str):
+        columns = {"--text-column": text_column, "--text-pair-column": pair_column, "--label-column": label_column}
+        self.columns = {flag: column for flag, column in columns.items() if column}
+        super().__init__(name, train, heldout, "", "")
+        known = getattr(train.features[label_column], "names", None)
+        found = sorted({e.answer for e in self.train + self.test}, key=lambda x: (str(type(x)), x))
+        self.names = known or [*map(str, found)]
+        self.number = {value: i for i, value in enumerate(range(len(known)) if known else found)}
+        require(len(self.names) > 1, f"task {name!r} has one class only, {self.names[0]!r}: nothing to learn")
+
+    def read(self, table: Any, *_: str) -> list[Example]:
+        there, out = table.column_names, []
+        for flag, column in self.columns.items():
+            lacks = f"task {self.name!r} has no column {column!r}; {flag} can be one of: {', '.join(there)}"
+            require(column in there, lacks)
+        for i, row in enumerate(table):
+            *texts, label = (row[column] for column in self.columns.values())
+            bad = f"task {self.name!r}: row {i} lacks a text or a class (a word, or a number from 0)"
+            require(all(type(text) is str and text for text in texts), bad)
+            require(type(label) is str or (type(label) in (int, bool) and label >= 0), bad)
+            out.append(Example([{"role": "user", "content": text} for text in texts], label))
+        return out
+
+
 def load_rows(spec: str, heldout: tuple[str, ...] = ("test", "validation")) -> tuple[Any, Any]:
     """Training rows and the first split of heldout that is there, else None."""
     import datasets

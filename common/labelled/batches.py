@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from posttrain.common.models import autocast, plain
-from posttrain.common.rollout import seed_of
 
 
 @dataclass
@@ -62,15 +61,3 @@ def logits_of(model: nn.Module, batch: Batch, keep: Tensor | None = None) -> Ten
             return upcast(model(**batch.inputs, use_cache=False).logits)
     finally:
         del head.forward  # the class's own is back
-
-
-def indices(size: int, batch: int, step: int, seed: int) -> list[int]:
-    """Batch `step` (1, 2, ...) of the permutations of all epochs laid end to end, so that every batch is full.
-
-    An epoch's permutation depends on (seed, epoch) alone: a resumed run needs no replay.
-    """
-    places, orders = range((step - 1) * batch, step * batch), {}
-    for epoch in {place // size for place in places}:
-        generator = torch.Generator().manual_seed(seed_of(seed, epoch, 2**31 + 1))
-        orders[epoch] = torch.randperm(size, generator=generator).tolist()
-    return [orders[place // size][place % size] for place in places]

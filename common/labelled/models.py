@@ -10,6 +10,7 @@ from torch import nn
 from posttrain.common.cli import require
 from posttrain.common.labelled.batches import Reader
 from posttrain.common.models import from_pretrained, load_model, load_tokenizer, plain
+from posttrain.common.tasks import parse_options
 
 KINDS = {"classify": "SequenceClassification", "seq2seq": "Seq2SeqLM", "causal": "CausalLM"}
 
@@ -36,6 +37,23 @@ def kind_of(name: str) -> str:
     kind = next((kind for mark, kind in marks.items() if mark in made), None)
     require(kind, f"{name!r} is made for {made}: say what to train it as, --kind {', '.join(KINDS)}")
     return kind
+
+
+def make_table(config: Any, kind: str, device: torch.device, same: bool) -> tuple[Any, list[Reader]]:
+    """The examples, and how student and teacher read them; same: language models see the same tokens."""
+    name, _, options = config.task.partition(":")
+    if name == "digits":
+        from posttrain.common.labelled.digits import Digits
+
+        given = parse_options("task 'digits'", [x for x in options.split(",") if x], ("noise", "rows"))
+        return Digits(config.task, config.seed, **given), [Reader(None, device)] * 2
+    from posttrain.common.labelled.text import Answers, Classes
+
+    readers = [make_reader(name, kind, device, config.max_length) for name in (config.model, config.teacher)]
+    if kind == "classify":
+        return Classes(config.task, config.text_column, config.text_pair_column, config.label_column), readers
+    readers = readers[:1] * 2 if same else readers
+    return Answers(config.task, kind, config.prompt_column, config.answer_column, readers), readers
 
 
 def make_reader(name: str, kind: str, device: torch.device, max_length: int) -> Reader:

@@ -1,13 +1,11 @@
 """Texts with a class, and prompts with an answer: files and `datasets` names as tables of labelled/batches.py."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from posttrain.common.cli import require
-from posttrain.common.families.rows import Rows, load_rows
+from posttrain.common.families.rows import LabelledRows, Rows, load_rows
 from posttrain.common.labelled.batches import Batch, Reader
 from posttrain.common.rollout import encode
 from posttrain.common.tasks import Example, text_of
@@ -15,7 +13,9 @@ from posttrain.common.tasks import Example, text_of
 SPLITS = ("validation", "validation_matched", "test")  # GLUE's test labels are hidden
 
 
-class Table(Rows):
+class Splits:
+    """Of a task with lists train and test."""
+
     def size(self, split: str) -> int:
         return len(getattr(self, split))
 
@@ -23,33 +23,11 @@ class Table(Rows):
         return text_of(getattr(self, split)[row])
 
 
-class Classes(Table):
-    """Texts or pairs of texts with a class. Classes are numbered as the column's ClassLabel has them, else sorted."""
-
+class Classes(Splits, LabelledRows):
     kind = "classify"
 
-    def __init__(self, name: str, text_column: str, pair_column: str, label_column: str):
-        columns = {"--text-column": text_column, "--text-pair-column": pair_column, "--label-column": label_column}
-        self.columns, (train, test) = {f: c for f, c in columns.items() if c}, load_rows(name, SPLITS)
-        super().__init__(name, train, test, "", "")
-        known, labels = getattr(train.features[label_column], "names", None), self.train + self.test
-        labels = sorted({e.answer for e in labels}, key=lambda x: (str(type(x)), x))
-        values = range(len(known)) if known else labels
-        self.names, self.number = known or [*map(str, values)], {value: i for i, value in enumerate(values)}
-        require(len(self.names) > 1, f"task {name!r} has one class only, {self.names[0]!r}: nothing to learn")
-
-    def read(self, table: Any, *_: str) -> list[Example]:
-        there, out = table.column_names, []
-        for flag, column in self.columns.items():
-            lacks = f"task {self.name!r} has no column {column!r}; {flag} can be one of: {', '.join(there)}"
-            require(column in there, lacks)
-        for i, row in enumerate(table):
-            *texts, label = (row[column] for column in self.columns.values())
-            bad = f"task {self.name!r}: row {i} lacks a text or a class (a word, or a number from 0)"
-            require(all(type(text) is str and text for text in texts), bad)
-            require(type(label) is str or (type(label) in (int, bool) and label >= 0), bad)
-            out.append(Example([{"role": "user", "content": text} for text in texts], label))
-        return out
+    def __init__(self, name: str, *columns: str):
+        super().__init__(name, *load_rows(name, SPLITS), *columns)
 
     def collate(self, split: str, rows: list[int], reader: Reader) -> Batch:
         examples = [getattr(self, split)[row] for row in rows]
@@ -60,7 +38,7 @@ class Classes(Table):
         return Batch({**inputs}, labels, torch.arange(len(rows), device=reader.device))
 
 
-class Answers(Table):
+class Answers(Splits, Rows):
     """Prompts with answers, encoded for each reader. The longest input is that of prompt and answer together in causal
     models, of each in encoder-decoders; a row of which a reader is left no token of the answer is left out.
     """
