@@ -53,8 +53,10 @@ class Optimizer:
 
 
 def epoch_rows(size: int, batch: int, step: int, seed: int) -> list[int]:
-    """Batch `step` (1, 2, ...) of the permutations of all epochs laid end to end, so that every batch is full. An epoch's
-    permutation depends on (seed, epoch) alone: a resumed run needs no replay."""
+    """Batch `step` (1, 2, ...) of the permutations of all epochs laid end to end, so that every batch is full.
+
+    An epoch's permutation depends on (seed, epoch) alone: a resumed run needs no replay.
+    """
     places, orders = range((step - 1) * batch, step * batch), {}
     for epoch in {place // size for place in places}:
         generator = torch.Generator().manual_seed(seed_of(seed, epoch, 2**31 + 1))

@@ -1,7 +1,7 @@
 """SinKD: distillation with a Sinkhorn distance (Cui, Qin, Gao et al., arXiv 2402.17110), and two relatives as modes.
 
-A student learns from labels y, from a teacher's softened outputs, and from the transport between the batch's student
-outputs and its teacher outputs: N points each in the simplex of V classes (or tokens), zs and zt their logits.
+A student learns from labels y, a teacher's softened outputs, and the transport between the batch's student outputs and
+its teacher outputs: N points each in the simplex of V classes (or tokens), zs and zt their logits.
 
     (1)  L_CE = mean_i -log softmax(zs_i)[y_i]
     (2)  L_KD = mean_i -sum_v softmax(zt_i/T)_v log softmax(zs_i/T)_v         no factor T^2          --kd-temperature
@@ -13,13 +13,12 @@ outputs and its teacher outputs: N points each in the simplex of V classes (or t
     (8)  L    = L_CE + 1.5 mean_b mean_k sum_v |sorted softmax(zs)_v - sorted softmax(zt)_v|         --mode uld
     (9)  L    = L_CE + 1.5 (H + 0.1 K + 0.1 Q): (8)'s difference over matched tokens, a cross-entropy (K) and a
          transport between the steps of an answer (Q)                                                --mode mlot
-(8), ULD (2402.12030), and (9), MultiLevelOT (2412.14528), are for language models whose tokenizers differ. Unlike opd.py
-nothing is sampled: examples have answers. S pairs no student row with its own teacher row; it needs (1) or (2) beside it.
+(8), ULD (2402.12030), and (9), MultiLevelOT (2412.14528), serve language models whose tokenizers differ. Nothing is
+sampled, unlike opd.py. S pairs no student row with its own teacher row, hence it needs (1) or (2) beside it.
 
 Good to know
-- P is found in the log domain; --sink-form official iterates as in (5), the same until exp underflows at small eps.
 - S > 0 where student = teacher (mass leaks off the diagonal); sinkd/debiased, --debias, is 0 there.
-- sinkd/grad_ratio is ||w grad S|| / ||alpha grad L_KD|| on the logits: tune the weight by it, not by the losses' values.
+- sinkd/grad_ratio, ||w grad S|| / ||alpha grad L_KD|| on the logits, is what to tune w by, not the losses' values.
 
 Run: python methods/sinkd.py        Expected: see the table of results in README.md.
 """
@@ -32,36 +31,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
-from torch.nn.utils.rnn import pad_sequence
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import cli, require, require_no_idle
 from posttrain.common.labelled.batches import logits_of
-from posttrain.common.labelled.models import kind_of, load, make_table
-from posttrain.common.models import load_tokenizer, prepare, shared_vocabulary
+from posttrain.common.labelled.models import kind_of, load_all
+from posttrain.common.models import prepare
 from posttrain.common.rollout import seed_of
-from posttrain.common.run import Run
+from posttrain.common.run import Run, sample_rows
 from posttrain.common.training import Optimizer, Schedule, epoch_rows, resources
 from posttrain.kernels.divergence import divergence
 from posttrain.kernels.sinkhorn import converged_slope, pairwise_cost, sinkhorn, sinkhorn_scaling
 
-METRICS = {"l1": ("l1", 2.0), "l2": ("l2", math.sqrt(2)), "sq": ("sql2", 2.0)}  # of (4): the kernel's name, the largest
 KERNEL = {"kl": "forward_kl", "rkl": "reverse_kl", "js": "jsd"}
-GLUE = {  # of the released scripts: alpha, T, lr, batch, annealed T; behind each its epochs, which --steps expresses
-    "cola": (0.9, 1.0, 5e-5, 16, False),  # 20
-    "mnli": (0.8, 3.0, 4e-5, 16, True),  # 10
-    "mrpc": (1.0, 4.0, 3e-5, 16, True),  # 3
-    "qnli": (0.8, 3.0, 3e-5, 16, False),  # 6
-    "qqp": (1.0, 4.0, 4e-5, 32, True),  # 8
-    "rte": (0.9, 3.5, 2e-5, 16, False),  # 5, with seed 20
-    "sst2": (0.9, 2.0, 4e-5, 32, False),  # 2
-}
-NAMES = ("alpha", "kd_temperature", "lr", "prompts_per_step", "anneal", "schedule")
-PRESETS = {"none": {}} | {task: dict(zip(NAMES, (*row, "linear"), strict=True)) for task, row in GLUE.items()}
+GLUE = {  # released: alpha, T, lr, batch, annealed T; --steps are yours, here 20, 10, 3, 6, 8, 5, 2 and 300 epochs
+    "cola": (0.9, 1.0, 5e-5, 16, False), "mnli": (0.8, 3.0, 4e-5, 16, True), "mrpc": (1.0, 4.0, 3e-5, 16, True),
+    "qnli": (0.8, 3.0, 3e-5, 16, False), "qqp": (1.0, 4.0, 4e-5, 32, True), "rte": (0.9, 3.5, 2e-5, 16, False),
+    "sst2": (0.9, 2.0, 4e-5, 32, False), "gpt_neo": (0.1, 1.0, 1e-4, 4, False),
+}  # fmt: skip
+NAMES = ("alpha", "kd_temperature", "lr", "prompts_per_step", "anneal")
+PRESETS = {task: {**dict(zip(NAMES, row, strict=True)), "schedule": "linear"} for task, row in GLUE.items()}
+PRESETS |= {"none": {}, "uld": {"mode": "uld"}, "mlot": {"mode": "mlot", "iters": 10, "mlot_faithful": True}}
+PRESETS["gpt_neo"] |= {"weight_decay": 0.01, "combine": "added", "divergence": "none"}  # it has no Sinkhorn term
+PRESETS["t0"] = PRESETS["gpt_neo"] | {"divergence": "sinkhorn", "max_length": 1024}  # 10 epochs
 PRESETS["rte"]["seed"] = 20
-PRESETS["gpt_neo"] = dict(zip(NAMES, (0.1, 1.0, 1e-4, 4, False, "linear"), strict=True))  # 300, without a Sinkhorn term
-PRESETS["gpt_neo"] |= {"weight_decay": 0.01, "combine": "added", "divergence": "none"}
-PRESETS["t0"] = PRESETS["gpt_neo"] | {"divergence": "sinkhorn", "max_length": 1024}  # 10
-PRESETS |= {"uld": {"mode": "uld"}, "mlot": {"mode": "mlot", "iters": 10, "mlot_faithful": True}}
 
 
 @dataclass
@@ -130,8 +122,7 @@ def kd_rows(student: Tensor, teacher: Tensor, t: float) -> Tensor:
 
 
 def softened(student: Tensor, teacher: Tensor, tau: float, top: int = 0) -> list[Tensor]:
-    """Logits over tau; with top, of the teacher's `top` heaviest entries in the batch and of all others as one.
-    [N, V] logits, twice -> [N, V] or [N, top + 1], twice"""
+    """Logits over tau; with top, of the teacher's heaviest and of the rest as one.  [N, V] -> [N, V] or [N, top + 1]"""
     pair = [student / tau, teacher.detach() / tau]
     if not 0 < top < student.shape[-1]:
         return pair
@@ -145,20 +136,19 @@ def transport(cost: Tensor, config) -> tuple[Tensor, Tensor]:
     if config.sink_grad == "unroll":
         return value, plan
     slope = plan if config.sink_grad == "plan" else converged_slope(cost, plan, config.eps).to(plan.dtype)
-    linear = (slope * cost).sum()
-    return value.detach() + linear - linear.detach(), plan
+    return value.detach() + (slope * (cost - cost.detach())).sum(), plan
 
 
-def sinkhorn_loss(student: Tensor, teacher: Tensor, config) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 4 to 6 of logits over tau; also P and C.  [N, V], [N, V] -> scalar, [N, N], [N, N]"""
-    metric, _ = METRICS[config.cost]
+def sinkhorn_loss(student: Tensor, teacher: Tensor, config) -> tuple[Tensor, Tensor]:
+    """Eq. 4 to 6 of logits over tau, and P.  [N, V], [N, V] -> scalar, [N, N]"""
+    metric = config.cost.replace("sq", "sql2")
     cost = pairwise_cost(student, teacher, metric)
     value, plan = transport(cost, config)
     if config.debias:
         own, theirs = pairwise_cost(student, student, metric), pairwise_cost(teacher, teacher, metric)
         own = own + own.T - own.detach()  # the same numbers, but with a gradient for both sides
-        value = value - transport(own, config)[0] / 2 - transport(theirs, config)[0].detach() / 2
-    return value / (len(student) if config.sink_reduction == "mean" else 1), plan, cost.detach()
+        value = value - transport(own, config)[0] / 2 - transport(theirs, config)[0] / 2
+    return value / (len(student) if config.sink_reduction == "mean" else 1), plan
 
 
 def third_term(student: Tensor, teacher: Tensor, config) -> Tensor:
@@ -174,10 +164,8 @@ def third_term(student: Tensor, teacher: Tensor, config) -> Tensor:
 
 
 def paired(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The k-th answer token of one tokenizer goes with the k-th of the other, as far as both reach.
-
-    Owners [n] and [m] of tokens -> indices [R] into each, and weights [R] of a mean over tokens, then examples.
-    """
+    """The k-th answer token of one tokenizer goes with the k-th of the other, as far as both reach. Owners [n], [m]
+    -> indices [R] into each, and weights [R] of a mean over tokens, then examples."""
     counts = [owner.bincount() for owner in (ours, theirs)]
     least, kept = torch.minimum(*counts), []
     for owner, count in zip((ours, theirs), counts, strict=True):
@@ -195,41 +183,37 @@ def uld_loss(student: Tensor, teacher: Tensor, ours: Tensor, theirs: Tensor) -> 
     return (share * (p - q).abs().sum(-1)).sum()
 
 
-def mlot_parts(student: Tensor, teacher: Tensor, ours: Tensor, theirs: Tensor, config) -> dict[str, Tensor]:
-    """H, K and Q of Eq. 9.  Logits [n, V], [m, W], owners [n], [m] -> scalars"""
+def mlot_parts(student: Tensor, teacher: Tensor, ours: Tensor, theirs: Tensor, config) -> dict[str, tuple]:
+    """H, K and Q of Eq. 9: name -> weight, value.  Logits [n, V], [m, W], owners [n], [m]"""
     i, j, share = paired(ours, theirs)
     p, q = ((x / (x.std(-1, keepdim=True) + 1e-4)).softmax(-1) for x in (student, teacher.detach()))
     top = min(config.mlot_top, p.shape[1], q.shape[1])
     p, q = (x[:, x.detach().sum(0).topk(top).indices] for x in (p, q))  # the heaviest column with the heaviest
-    parts = {"mlot_h": (share * (p[i] - q[j]).abs().sum(-1)).sum()}
+    parts = {"mlot_h": (1.0, (share * (p[i] - q[j]).abs().sum(-1)).sum())}
     sizes = [owner.bincount().tolist() for owner in (ours, theirs)]
     if config.mlot_faithful:
-        longest = max(sizes[0] + sizes[1])  # steps; both sides are filled up with rows of zeros, which count
-        p, q = (pad_sequence(x.split(n), True) for x, n in zip((p, q), sizes, strict=True))  # [B, steps, top]
-        p, q = (pad(x, (0, 0, 0, longest - x.shape[1])) for x in (p, q))
-        parts["mlot_k"] = -(p.softmax(-1) * q.log_softmax(-1)).sum(-1).mean()
+        most = max(sizes[0] + sizes[1])  # steps; both sides are filled up with rows of zeros, which count
+        p, q = (torch.stack([pad(each, (0, 0, 0, most - len(each))) for each in x.split(n)])
+                for x, n in zip((p, q), sizes, strict=True))  # fmt: skip  # [B, steps, top]
+        parts["mlot_k"] = 0.1, -(p.softmax(-1) * q.log_softmax(-1)).sum(-1).mean()
         costs = pairwise_cost(p, q, "l1", 2.0).mT  # [B, teacher's steps, student's]
-        return parts | {"mlot_q": 0.001 * sinkhorn_scaling(costs, config.eps, config.iters)[0].sum()}
+        return parts | {"mlot_q": (0.1, 0.001 * sinkhorn_scaling(costs, config.eps, config.iters)[0].sum())}
     p, q = (x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in (p, q))  # a softmax of these renormalises
-    parts["mlot_k"] = (share * divergence(p[i], q[j], "forward_kl")).sum()
+    parts["mlot_k"] = 0.1, (share * divergence(p[i], q[j], "forward_kl")).sum()
     total = 0
     for a, b in zip(p.split(sizes[0]), q.split(sizes[1]), strict=True):
         mass = a.new_full((len(a),), len(b) / len(a))  # each teacher step sends 1
         total = total + sinkhorn(pairwise_cost(a, b).T, config.eps, config.iters, None, mass)[0]
-    return parts | {"mlot_q": 0.001 * total}
+    return parts | {"mlot_q": (0.1, 0.001 * total)}
 
 
-def objective(
-    student: Tensor, teacher: Tensor, labels: Tensor, owners: list[Tensor], t: float, top: int, config
-) -> dict:
+def objective(student: Tensor, teacher: Tensor, labels: Tensor, owners: list, t: float, top: int, config) -> dict:
     """Eq. 7, 8 or 9: name -> weight, value.  Logits [N, V], [N, V] or [M, W], labels [N], owners [N], [M]"""
-    ce = cross_entropy(student, labels)
+    parts = {"ce": (1 - config.alpha if config.combine == "convex" else 1.0, cross_entropy(student, labels))}
     if config.mode != "batch":
         own = mlot_parts(student, teacher, *owners, config) if config.mode == "mlot" else {}
-        own = own or {"uld": uld_loss(student, teacher, *owners)}
-        weights = {name: config.transport_weight * (0.1 if name in ("mlot_k", "mlot_q") else 1) for name in own}
-        return {"ce": (1.0, ce)} | {name: (weights[name], own[name]) for name in own}
-    parts = {"ce": (1 - config.alpha if config.combine == "convex" else 1.0, ce)}
+        own = own or {"uld": (1.0, uld_loss(student, teacher, *owners))}
+        return {"ce": (1.0, parts["ce"][1])} | {k: (config.transport_weight * w, x) for k, (w, x) in own.items()}
     parts["kd"] = config.alpha, kd_rows(student, teacher, t).mean()
     if config.divergence != "none":
         third = third_term(*softened(student, teacher, config.tau, top), config)
@@ -238,20 +222,10 @@ def objective(
     return parts
 
 
-def diagnose(student: Tensor, teacher: Tensor, config) -> dict[str, float]:
-    """S without its bias and the mass that P leaves on the diagonal, whatever --divergence is; logits over tau."""
-    value, plan, _ = sinkhorn_loss(student, teacher, replace(config, debias=True, sink_form="stable", sink_grad="plan"))
-    return {"sinkd/debiased": value.item(), "sinkd/diagonal": plan.diagonal().mean().item()}
-
-
-def is_digits(config: Config) -> bool:
-    return config.task.partition(":")[0] == "digits"
-
-
-def check(config: Config, kind: str = "") -> None:
-    """Refuses flags that have nothing to act on: at once, and by the model's kind when that is known."""
-    d, batch, text, lm = config.divergence, config.mode == "batch", not is_digits(config), kind != "classify"
-    ot, classes = batch and d == "sinkhorn", kind in ("", "classify")
+def check(config: Config, kind: str) -> None:
+    """Refuses flags that have nothing to act on; kind: classify, seq2seq, causal, or digits."""
+    d, batch, lm, text = config.divergence, config.mode == "batch", kind in ("seq2seq", "causal"), kind != "digits"
+    ot = batch and d == "sinkhorn"
     acts = {
         "alpha combine divergence": (batch, "--mode batch"),
         "kd_temperature anneal": (batch and config.alpha, "--mode batch with --alpha above 0"),
@@ -263,50 +237,39 @@ def check(config: Config, kind: str = "") -> None:
         "transport_weight": (not batch, "--mode uld or mlot"),
         "mlot_top mlot_faithful": (config.mode == "mlot", "--mode mlot"),
         "rows vocab_top": (lm and batch, "--mode batch and a language model"),
-        "mode prompt_column answer_column": (lm and text, "a language model"),
-        "text_column text_pair_column label_column": (classes and text, "texts to classify"),
+        "mode prompt_column answer_column": (lm, "a language model"),
+        "text_column text_pair_column label_column": (text and not lm, "texts to classify"),
         "max_length kind": (text, "texts"),
     }
-    for flag, (active, where) in ((flag, each) for flags, each in acts.items() for flag in flags.split()):
-        idle = f"--{flag.replace('_', '-')} has nothing to act on here, but with {where}"
-        require(active or getattr(config, flag) == getattr(Config, flag), idle)
+    require_no_idle(config, acts)
     require(config.alpha <= 1 or config.combine == "added", "--alpha is a share, at most 1, in --combine convex")
-    require(config.tau > 0 and config.eps > 0, "--tau and --eps must be above 0")
-    name, largest = METRICS[config.cost]  # fp32's exp(-104) is 0
+    largest = math.sqrt(2) if config.cost == "l2" else 2.0
     fits = (config.sink_form == "stable" and not config.mlot_faithful) or largest <= 103 * config.eps
-    lost = f"Eq. 5 as it stands underflows where a cost ({name}: up to {largest:.3g}) exceeds 103 eps"
+    lost = f"Eq. 5 as it stands underflows in fp32 where costs, here up to {largest:.3g}, exceed 103 eps"
     require(fits, f"{lost}: raise --eps to {largest / 103:.3f}, or use --sink-form stable")
 
 
 def main(config: Config) -> None:
-    check(config)
-    device = prepare(replace(config, threads=config.threads or int(is_digits(config))))
-    kind = "classify" if is_digits(config) else config.kind if config.kind != "auto" else kind_of(config.model)
+    digits = config.task.partition(":")[0] == "digits"
+    device = prepare(replace(config, threads=config.threads or int(digits)))
+    kind = "digits" if digits else config.kind if config.kind != "auto" else kind_of(config.model)
     check(config, kind)
-    table, readers = make_table(config, kind, device, config.mode == "batch")
-    policy = load(config.model, table, readers[0], config.dtype, config.lora_rank, train=True)
-    teacher = load(config.teacher, table, readers[1], config.dtype)
-    lm, same, width, names = kind != "classify", config.mode == "batch", None, table.names
-    top, size = config.vocab_top if lm else 0, table.size("train")
-    if lm and same:
-        width = shared_vocabulary(policy, readers[0].tokenizer, teacher, load_tokenizer(config.teacher))
+    same, lm = config.mode == "batch", kind in ("seq2seq", "causal")
+    table, readers, policy, teacher, width = load_all(config, kind, device, same)
+    top, size, names, tokenizer = config.vocab_top if lm else 0, table.size("train"), table.names, readers[0].tokenizer
+    epochs = math.ceil(config.steps * config.prompts_per_step / size)
     optimizer = Optimizer(policy, config)
     run = Run(config, "sinkd")
-    parts = {"policy": policy, "optimizer": optimizer}
-    epochs = math.ceil(config.steps * config.prompts_per_step / size)
 
     @torch.no_grad()
     def examine(step: int) -> dict[str, float]:
         """Held-out accuracy: an example's share of predictions that are right; greedy: whether all are."""
         hits, gaps, n = {"": [], "teacher/": []}, [], min(config.eval_problems, table.size("test"))
         for rows in torch.arange(n).split(8 if lm else 256):
-            out = []
-            for who, model, reader in zip(hits, (policy, teacher), readers, strict=True):
-                batch = table.collate("test", rows.tolist(), reader)
-                out.append(logits_of(model, batch)[:, :width])
-                right = (out[-1].argmax(-1) == batch.labels).double()
-                count = batch.owner.bincount()
-                hits[who].append(right.new_zeros(len(count)).index_add(0, batch.owner, right) / count)
+            batches = [table.collate("test", rows.tolist(), reader) for reader in readers]
+            out = [logits_of(*each)[:, :width] for each in zip((policy, teacher), batches, strict=True)]
+            for who, batch, x in zip(hits, batches, out, strict=True):
+                hits[who].append(batch.mean((x.argmax(-1) == batch.labels).double()))
             if same:
                 p, q = ((x / config.tau).softmax(-1) for x in out)
                 gaps.append(torch.stack([(p.argmax(-1) == q.argmax(-1)).float(), (p - q).abs().sum(-1)]))
@@ -321,7 +284,7 @@ def main(config: Config) -> None:
         run.console.print(f"step {step}, student: {said}")
         return metrics
 
-    done = run.restore(**parts)
+    done = run.restore(policy=policy, optimizer=optimizer)
     if not done:
         run.log(0, examine(0))
 
@@ -344,8 +307,7 @@ def main(config: Config) -> None:
         torch.manual_seed(seed_of(*key))  # dropout, the same after --resume
         logits = logits_of(policy.train(), batch, keep)[:, :width]  # [N, V]
         labels, owner = (x if keep is None else x[keep] for x in (batch.labels, batch.owner))
-        epoch = (step - 1) * config.prompts_per_step // size
-        t = annealed(config.kd_temperature, epoch, epochs) if config.anneal else config.kd_temperature
+        t = annealed(config.kd_temperature, config.anneal * ((step - 1) * config.prompts_per_step // size), epochs)
         terms = objective(logits, target, labels, [batch.owner, given.owner], t, top, config)
         # the gradient of each part on the logits, so that their sizes can be compared
         slopes = {k: torch.autograd.grad(weight * x, logits, retain_graph=True)[0] for k, (weight, x) in terms.items()}
@@ -357,31 +319,30 @@ def main(config: Config) -> None:
         clock.append(time.perf_counter())
 
         # --- log, evaluate and save
-        guess, each = logits.detach().argmax(-1), cross_entropy(logits.detach(), labels, reduction="none")
+        logits = logits.detach()
+        guess, row_loss = logits.argmax(-1), cross_entropy(logits, labels, reduction="none")
         metrics |= {f"loss/{name}": value.item() for name, (_, value) in terms.items()}
         metrics["loss/total"] = sum(weight * metrics[f"loss/{name}"] for name, (weight, _) in terms.items())
         metrics |= {"train/accuracy": (guess == labels).double().mean().item()} | resources(clock, labels >= 0)
-        metrics |= {"sinkd/cut": batch.cut / len(rows)} if lm else {}
-        if "kd" in terms and config.divergence != "none":
+        metrics |= {"sinkd/cut": batch.cut / len(rows), "sinkd/left_out": table.left_out} if lm else {}
+        if same and config.divergence != "none":
             kd, third = (x.norm().item() for x in [*slopes.values()][1:])
             metrics["sinkd/grad_ratio"] = third / kd if kd else 0.0
         if run.due(step, config.eval_every):
             metrics |= examine(step)
-            if same:
-                metrics |= diagnose(*softened(logits.detach(), target, config.tau, top), config)
+            if same:  # of the batch, whatever --divergence is
+                options = {"debias": True, "sink_form": "stable", "sink_grad": "plan"}
+                value, plan = sinkhorn_loss(*softened(logits, target, config.tau, top), replace(config, **options))
+                metrics |= {"sinkd/debiased": value.item(), "sinkd/diagonal": plan.diagonal().mean().item()}
         run.log(step, metrics)
-        order, said = (
-            each.argsort().tolist(),
-            {"label": labels, "predicted": guess} | ({"teacher": target.argmax(-1)} if same else {}),
-        )
-        for name, i in {"best": order[0], "worst": order[-1], "other": order[step * 7919 % len(order)]}.items():
-            words = {k: names[x[i]] if names else readers[0].tokenizer.decode([x[i].item()]) for k, x in said.items()}
-            run.sample(
-                step, [{"kind": name, "text": table.describe("train", rows[owner[i]]), "loss": each[i].item(), **words}]
-            )
+        said = {"label": labels, "predicted": guess} | ({"teacher": target.argmax(-1)} if same else {})
+        for name, i in sample_rows(-row_loss, step).items():
+            words = {key: names[x[i]] if names else tokenizer.decode([x[i].item()]) for key, x in said.items()}
+            about = {"kind": name, "text": table.describe("train", rows[owner[i]]), "loss": row_loss[i].item()}
+            run.sample(step, [about | words])
         if run.due(step, config.save_every):
-            run.save(step, **parts)
-    run.finish(policy, readers[0].tokenizer, compare=("sinkd", "sinkd-kd"))
+            run.save(step, policy=policy, optimizer=optimizer)
+    run.finish(policy, tokenizer, compare=("sinkd", "sinkd-kd"))
 
 
 if __name__ == "__main__":

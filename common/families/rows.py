@@ -60,6 +60,12 @@ class Rows:
     def demonstrate(self, example: Example, rng: random.Random) -> str:
         return str(example.fields["solution"])
 
+    def size(self, split: str) -> int:
+        return len(getattr(self, split))
+
+    def describe(self, split: str, row: int) -> str:
+        return text_of(getattr(self, split)[row])
+
 
 class LabelledRows(Rows):
     """Texts, or pairs of texts, with a class. Classes are numbered as the column's ClassLabel has them, else sorted."""

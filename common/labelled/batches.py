@@ -34,13 +34,14 @@ class Batch:
     at: Tensor | None = None  # bool [B, T], language models: True at the n hidden states that predict
     cut: int = 0  # answers that max_length has shortened
 
-
-def upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    def mean(self, values: Tensor) -> Tensor:
+        """[n] -> [B], over an example's predictions"""
+        count = self.owner.bincount()
+        return values.new_zeros(len(count)).index_add(0, self.owner, values) / count
 
 
 def logits_of(model: nn.Module, batch: Batch, keep: Tensor | None = None) -> Tensor:
-    """Logits of all n predictions or of those in keep [k], fp32 (fp64) whatever the model's dtype.  -> [n or k, V]
+    """Logits of all n predictions or of those in keep [k], fp32 whatever the model's dtype.  -> [n or k, V]
 
     The head of a language model sees these rows only. What models do before it (T5's scale) and after it (BART's
     bias, Gemma's cap) is their own forward's: nothing but the head is replaced while it runs.
@@ -48,16 +49,16 @@ def logits_of(model: nn.Module, batch: Batch, keep: Tensor | None = None) -> Ten
     keep, head = slice(None) if keep is None else keep, plain(model).get_output_embeddings()
     if batch.at is None:
         with autocast(model):
-            return upcast(model(**batch.inputs).logits)[keep]
+            return model(**batch.inputs).logits.float()[keep]
 
     def chosen_rows(hidden: Tensor) -> Tensor:
-        rows, bias = upcast(hidden[batch.at][keep]), getattr(head, "bias", None)
+        rows, bias = hidden[batch.at][keep].float(), getattr(head, "bias", None)
         with torch.autocast(rows.device.type, enabled=False):  # bf16 logits would put 5e-2 nats of noise on a log-prob
-            return linear(rows, head.weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+            return linear(rows, head.weight.float(), None if bias is None else bias.float())
 
     head.forward = chosen_rows
     try:
         with autocast(model):
-            return upcast(model(**batch.inputs, use_cache=False).logits)
+            return model(**batch.inputs, use_cache=False).logits.float()
     finally:
         del head.forward  # the class's own is back

@@ -1,7 +1,7 @@
 """Handwritten digits, 8 x 8 pixels, of scikit-learn: the embedded default of methods that learn from labels.
 
-1,797 images: 600 are held out, the others are the teacher's, clean. The student sees `rows` of these, a share `noise`
-of them with a label drawn anew; only this choice depends on the seed.
+1,797 images, 600 of them held out. A teacher has all others, a student some `rows` with a share `noise` of labels drawn
+anew; this choice alone depends on the seed.
 """
 
 import functools

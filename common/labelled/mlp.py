@@ -1,7 +1,7 @@
 """A multi-layer perceptron as a transformers model: rows of numbers in, logits of classes out.
 
-save_pretrained copies this file beside the weights, so that a folder loads anywhere with trust_remote_code=True; here,
-where the class is known, without it. It therefore imports nothing of ours.
+save_pretrained copies this file, which imports nothing of ours, beside the weights: a folder loads anywhere with
+trust_remote_code=True, and here without it.
 """
 
 import itertools

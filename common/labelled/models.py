@@ -9,7 +9,9 @@ from torch import nn
 
 from posttrain.common.cli import require
 from posttrain.common.labelled.batches import Reader
-from posttrain.common.models import from_pretrained, load_model, load_tokenizer, plain
+from posttrain.common.labelled.digits import Digits, make_mlp, trained_teacher
+from posttrain.common.labelled.text import Answers, Classes
+from posttrain.common.models import from_pretrained, load_model, load_tokenizer, plain, shared_vocabulary
 from posttrain.common.tasks import parse_options
 
 KINDS = {"classify": "SequenceClassification", "seq2seq": "Seq2SeqLM", "causal": "CausalLM"}
@@ -18,42 +20,41 @@ KINDS = {"classify": "SequenceClassification", "seq2seq": "Seq2SeqLM", "causal":
 class BuiltIn:
     @staticmethod
     def from_pretrained(name: str, dtype: torch.dtype, **rest: Any) -> tuple[nn.Module, dict]:
-        from posttrain.common.labelled.digits import make_mlp, trained_teacher
-
         model = make_mlp([12]) if name == "digits-student" else copy.deepcopy(trained_teacher())
         return model.to(dtype), {"missing_keys": []}
 
 
 def settings(name: str) -> tuple[Any, str]:
-    """A model's config, and what it says that the model is made for."""
     config = from_pretrained(transformers.AutoConfig, name)
     return config, " ".join(config.architectures or ["nothing that its config names"])
 
 
 def kind_of(name: str) -> str:
     config, made = settings(name)
-    marks = {"ForSequenceClassification": "classify", "LMHead": "causal", "CausalLM": "causal"}
-    marks |= {made: "seq2seq"} if config.is_encoder_decoder else {}
-    kind = next((kind for mark, kind in marks.items() if mark in made), None)
-    require(kind, f"{name!r} is made for {made}: say what to train it as, --kind {', '.join(KINDS)}")
-    return kind
+    if "ForSequenceClassification" in made:
+        return "classify"
+    lm = config.is_encoder_decoder or "LMHead" in made or "CausalLM" in made
+    require(lm, f"{name!r} is made for {made}: say what to train it as, --kind {', '.join(KINDS)}")
+    return "seq2seq" if config.is_encoder_decoder else "causal"
 
 
-def make_table(config: Any, kind: str, device: torch.device, same: bool) -> tuple[Any, list[Reader]]:
-    """The examples, and how student and teacher read them; same: language models see the same tokens."""
+def load_all(config: Any, kind: str, device: torch.device, same: bool) -> tuple:
+    """Table, readers, student, teacher, and how many tokens both have where they must have the same (else None)."""
     name, _, options = config.task.partition(":")
     if name == "digits":
-        from posttrain.common.labelled.digits import Digits
-
         given = parse_options("task 'digits'", [x for x in options.split(",") if x], ("noise", "rows"))
-        return Digits(config.task, config.seed, **given), [Reader(None, device)] * 2
-    from posttrain.common.labelled.text import Answers, Classes
-
-    readers = [make_reader(name, kind, device, config.max_length) for name in (config.model, config.teacher)]
-    if kind == "classify":
-        return Classes(config.task, config.text_column, config.text_pair_column, config.label_column), readers
-    readers = readers[:1] * 2 if same else readers
-    return Answers(config.task, kind, config.prompt_column, config.answer_column, readers), readers
+        table, readers = Digits(config.task, config.seed, **given), [Reader(None, device)] * 2
+    else:
+        lm, ours = kind != "classify", make_reader(config.model, kind, device, config.max_length)
+        readers = [ours, ours if same and lm else make_reader(config.teacher, kind, device, config.max_length)]
+        table = Answers(config.task, kind, config.prompt_column, config.answer_column, readers) if lm else Classes(
+            config.task, config.text_column, config.text_pair_column, config.label_column
+        )  # fmt: skip
+    student = load(config.model, table, readers[0], config.dtype, config.lora_rank, train=True)
+    teacher, width = load(config.teacher, table, readers[1], config.dtype), None
+    if same and not table.names:
+        width = shared_vocabulary(student, readers[0].tokenizer, teacher, load_tokenizer(config.teacher))
+    return table, readers, student, teacher, width
 
 
 def make_reader(name: str, kind: str, device: torch.device, max_length: int) -> Reader:
@@ -87,5 +88,5 @@ def same_classes(name: str, theirs: dict[int, str], names: list[str]) -> None:
     heads, wanted = ([x.casefold() for x in each] for each in (theirs.values(), names))
     require(len(heads) == len(names), f"{name!r} has {len(heads)} classes, the task {len(names)}: {', '.join(names)}")
     nameless = heads == [f"label_{i}" for i in range(len(heads))] or all(x.isdigit() for x in names)
-    say = f"{', '.join(theirs.values())}, those of the task {', '.join(names)}: make id2label of its config.json theirs"
-    require(nameless or heads == wanted, f"the classes of {name!r} are {say}")
+    say = f"the classes of {name!r} are {', '.join(theirs.values())}, the task's {', '.join(names)}"
+    require(nameless or heads == wanted, f"{say}: make id2label of its config.json the same")

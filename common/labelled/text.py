@@ -8,22 +8,12 @@ from posttrain.common.cli import require
 from posttrain.common.families.rows import LabelledRows, Rows, load_rows
 from posttrain.common.labelled.batches import Batch, Reader
 from posttrain.common.rollout import encode
-from posttrain.common.tasks import Example, text_of
+from posttrain.common.tasks import Example
 
 SPLITS = ("validation", "validation_matched", "test")  # GLUE's test labels are hidden
 
 
-class Splits:
-    """Of a task with lists train and test."""
-
-    def size(self, split: str) -> int:
-        return len(getattr(self, split))
-
-    def describe(self, split: str, row: int) -> str:
-        return text_of(getattr(self, split)[row])
-
-
-class Classes(Splits, LabelledRows):
+class Classes(LabelledRows):
     kind = "classify"
 
     def __init__(self, name: str, *columns: str):
@@ -38,7 +28,7 @@ class Classes(Splits, LabelledRows):
         return Batch({**inputs}, labels, torch.arange(len(rows), device=reader.device))
 
 
-class Answers(Splits, Rows):
+class Answers(Rows):
     """Prompts with answers, encoded for each reader. The longest input is that of prompt and answer together in causal
     models, of each in encoder-decoders; a row of which a reader is left no token of the answer is left out.
     """
@@ -58,14 +48,13 @@ class Answers(Splits, Rows):
             self.encoded |= {(split, id(reader)): [every[i][k] for i in kept] for k, reader in enumerate(readers)}
 
     def encode(self, example: Example, reader: Reader) -> tuple[list[int], list[int], bool]:
-        """-> prompt, answer, whether the answer has been cut"""
         tokenizer, longest, causal = reader.tokenizer, reader.max_length, self.kind == "causal"
         prompt = encode(tokenizer, example.prompt) or [tokenizer.eos_token_id]
         bare = {"add_special_tokens": False} if causal else {}  # encoder-decoders: as their family writes targets
         answer = tokenizer(text_target=str(example.fields["solution"]), **bare)["input_ids"]
         answer += [tokenizer.eos_token_id] * (answer[-1:] != [tokenizer.eos_token_id])
         room = max(0, longest - len(prompt)) if causal else longest
-        return prompt[:longest], answer[:room], len(answer) > room
+        return prompt[:longest], answer[:room], len(answer) > room  # the last: cut
 
     def collate(self, split: str, rows: list[int], reader: Reader) -> Batch:
         prompts, answers, cut = zip(*(self.encoded[split, id(reader)][row] for row in rows), strict=True)
