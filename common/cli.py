@@ -34,20 +34,16 @@ def fail(message: str) -> NoReturn:
 
 POSITIVE = {"lr", "steps", "prompts_per_step", "max_new_tokens", "micro_batch_tokens", "eval_problems", "eval_samples"}
 POSITIVE |= {"max_grad_norm", "group_size", "minibatches", "epochs", "top_k", "repeats", "problems", "samples"}
-POSITIVE |= {
-    "max_turns",
-    "bank_size",
-    "summary_tokens",
-    "critique_tokens",
-    "k",
-    "gamma",
-    "keep_every",
-    "eval_draws",
-    "width",
-    "layers",
-    "heads",
-}
+POSITIVE |= {"max_turns", "bank_size", "summary_tokens", "critique_tokens", "kd_temperature", "iters", "max_length"}
+POSITIVE |= {"mlot_top", "tau", "eps", "k", "gamma", "keep_every", "eval_draws", "width", "layers", "heads"}
 ANY = {"margin_delta", "balance_ratio"}  # negative or infinite values have a meaning
+
+
+def require_no_idle(config: Any, acts: dict[str, tuple[Any, str]]) -> None:
+    """acts: flags -> whether they act here, and with what they do. Refuses one that does not but has been changed."""
+    for flag, (active, where) in ((flag, each) for flags, each in acts.items() for flag in flags.split()):
+        idle = f"--{flag.replace('_', '-')} has nothing to act on here, but with {where}"
+        require(active or getattr(config, flag) == getattr(type(config), flag), idle)
 
 
 def check_ranges(config: Any) -> None:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers  # its classes are imported when first named, which takes seconds that --help need not wait
+import transformers.utils  # classes are imported when first named: that takes seconds, which --help need not wait
 from torch import nn
 
 from posttrain.common.cli import UserError, first_line, require
+
+transformers.utils.is_sklearn_available = lambda: False  # assisted generation's; it would take a second of every start
 
 TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py
 
@@ -40,30 +42,36 @@ def from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
         raise UserError(f"cannot load {name!r}: {known} ({first_line(error)})") from None
 
 
-def load_tokenizer(name: str) -> "transformers.PreTrainedTokenizerBase":
+def load_tokenizer(name: str, ends: bool = True) -> "transformers.PreTrainedTokenizerBase":
+    """ends: refuse one without an end of text."""
     tokenizer = from_pretrained(transformers.AutoTokenizer, name)
-    require(tokenizer.eos_token_id is not None, f"the tokenizer of {name!r} has no eos_token; set it in its folder")
+    has = tokenizer.eos_token_id is not None or (not ends and tokenizer.pad_token_id is not None)
+    require(has, f"the tokenizer of {name!r} has no eos_token; set it in its folder")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # only fills; masks come from lengths, not ids
     return tokenizer
 
 
 def load_model(
-    name: str, device: torch.device, dtype: str = "float32", lora_rank: int = 0, train: bool = True
-) -> nn.Module:
-    """A causal language model in eval mode: dropout stays off in training too, else ratios are not 1 on-policy.
+    name: str, device: torch.device, dtype: str = "float32", lora_rank: int = 0, train: bool = True,
+    kind: Any = None, **fresh: Any
+) -> nn.Module:  # fmt: skip
+    """A causal language model, or kind, in eval mode: no dropout in training either, else on-policy ratios are not 1.
+    fresh: settings of a classification head, which may then be new; without them all weights must be there.
 
     A trained model keeps fp32 weights whatever the dtype (steps of 1e-6 vanish in bf16); with dtype bfloat16 it
     computes under autocast. A frozen model is held in dtype itself. With lora_rank > 0 only adapters train.
     """
     mixed = train and dtype == "bfloat16"
-    model = from_pretrained(
-        transformers.AutoModelForCausalLM, name, dtype=torch.float32 if mixed else getattr(torch, dtype)
-    )
+    options = {"dtype": torch.float32 if mixed else getattr(torch, dtype), "output_loading_info": True, **fresh}
+    model, found = from_pretrained(kind or transformers.AutoModelForCausalLM, name, **options)
+    lacks = f"{name!r} lacks weights of a {type(model).__name__}: {', '.join(sorted(found['missing_keys'])[:3])}"
+    require(fresh or not found["missing_keys"], f"{lacks}; choose a model with this head")
     model = model.to(device).eval().requires_grad_(train)
     if lora_rank and train:
         from peft import LoraConfig, get_peft_model
 
-        lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear")
+        task = "SEQ_CLS" if fresh else None  # the head trains as it is, without adapters
+        lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type=task)
         model = get_peft_model(model, lora).eval()
     model.autocast_dtype = torch.bfloat16 if mixed else None
     return model
@@ -79,12 +87,13 @@ def autocast(model: nn.Module) -> torch.autocast:
     return torch.autocast(plain(model).device.type, model.autocast_dtype, enabled=model.autocast_dtype is not None)
 
 
-def save_model(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", folder: Path) -> None:
+def save_model(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase | None", folder: Path) -> None:
     """Plain Hugging Face folder, written beside the target and renamed into place. Adapters are merged for good."""
     partial = folder.with_name(folder.name + ".partial")
     model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    if tokenizer:
+        tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

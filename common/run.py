@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.models import save_model
@@ -87,7 +87,8 @@ class Run:
         state = {"step": step, "seconds": self.seconds + time.monotonic() - self.start}
         for name, part in parts.items():
             state[name] = part if isinstance(part, dict) else part.state_dict()
-            adapters = {key: value for key, value in state[name].items() if ".lora_" in key}
+            tuned = (".lora_", ".modules_to_save.")
+            adapters = {key: value for key, value in state[name].items() if any(mark in key for mark in tuned)}
             state[name] = adapters or state[name]  # LoRA: the frozen base is not stored
         partial = self.checkpoint.with_name("state.pt.partial")
         torch.save(state, partial)
@@ -155,7 +156,7 @@ class Run:
         passed = f"pass@{config.eval_samples} {passed}"
         self.console.print(f"step {step}, {name}: accuracy {accuracy} ± {error}, greedy {greedy}, {passed}")
         whole_line = {"markup": False, "no_wrap": True, "overflow": "ellipsis"}
-        for kind, i in sample_rows(rollout, step).items():
+        for kind, i in sample_rows(rollout.reward, step).items():
             text = (rollout.examples[i].prompt[-1]["content"] + " >> " + rollout.texts[i]).replace("\n", " ")
             self.console.print(f"  {kind:5} {rollout.reward[i]:4.1f}  {text}", **whole_line)
         return metrics
@@ -193,14 +194,14 @@ class Run:
             self.wandb.finish()
 
 
-def sample_rows(rollout: Rollout, step: int) -> dict[str, int]:
+def sample_rows(reward: Tensor, step: int) -> dict[str, int]:
     """One best, one worst and one arbitrary row by reward."""
-    order = rollout.reward.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist()
+    order = reward.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist()
     return {"best": order[0], "worst": order[-1], "other": order[step * 7919 % len(order)]}
 
 
 def sampled(rollout: Rollout, step: int, signals: dict | None) -> Iterator[dict]:
-    for kind, i in sample_rows(rollout, step).items():
+    for kind, i in sample_rows(rollout.reward, step).items():
         row = {"kind": kind, "prompt": rollout.examples[i].prompt, "text": rollout.texts[i]}
         row |= {"reward": rollout.reward[i].item()}
         length = int(rollout.attention_mask[i].sum()) if signals else 0

@@ -52,13 +52,13 @@ class Optimizer:
         self.skipped = state["skipped"]
 
 
-def batch_of(n: int, size: int, seed: int, step: int) -> Tensor:
+def batch_of(n: int, size: int, seed: int, step: int, stream: int = 2) -> Tensor:
     """Rows of a table of n for training step 1, 2, ...: a permutation an epoch, end to end, so that no batch is short.
 
-    -> [size] int64, a pure function of its arguments
+    -> [size] int64, a pure function of its arguments: a resumed run needs no replay
     """
     at = torch.arange((step - 1) * size, step * size)
-    orders = {e: torch.Generator().manual_seed(seed_of(seed, e, 2)) for e in (at // n).unique().tolist()}
+    orders = {e: torch.Generator().manual_seed(seed_of(seed, e, stream)) for e in (at // n).unique().tolist()}
     return torch.cat([torch.randperm(n, generator=g)[at[at // n == e] % n] for e, g in orders.items()])
 
 

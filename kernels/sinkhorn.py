@@ -313,3 +313,17 @@ def sinkhorn_scaling(cost: Tensor, eps: float = 0.1, iters: int = 20) -> tuple[T
         plan = plan / plan.sum(-1, keepdim=True)
         plan = plan / plan.sum(-2, keepdim=True)
     return (plan * cost).sum((-1, -2)), plan.detach()
+
+
+def converged_slope(cost: Tensor, plan: Tensor, eps: float) -> Tensor:
+    """dvalue/dC where the iteration has converged, without replaying it.  C, plan [A, B] -> [A, B], fp64
+
+    With r = rowsum(plan C), s = colsum(plan C) solve  a x + plan y = r,  plan' x + b y = s;  then the derivative is
+    plan (1 + (x_i + y_j - C_ij)/eps). The system is symmetric and singular (x + t, y - t), hence the pseudo-inverse.
+    """
+    cost, plan = cost.detach().double(), plan.double()
+    a, b, product = plan.sum(1), plan.sum(0), plan * cost
+    system = torch.cat([torch.cat([a.diag(), plan], 1), torch.cat([plan.T, b.diag()], 1)])
+    solution = torch.linalg.pinv(system, hermitian=True) @ torch.cat([product.sum(1), product.sum(0)])
+    x, y = solution.split([len(a), len(b)])
+    return plan * (1 + (x[:, None] + y - cost) / eps)

@@ -172,6 +172,33 @@ STUDIES = {
         }.items()
     },
 }
+STUDIES |= {
+    "digits": {  # labels of which four in ten are drawn anew; all arms but ce with the teacher's soft labels
+        "sinkd-kd": ["sinkd.py", "--divergence", "none"],
+        "sinkd-ce": ["sinkd.py", "--divergence", "none", "--alpha", "0"],
+        "sinkd": ["sinkd.py"],  # the released weight, 0.0008 times a sum
+        "sinkd-0.01": ["sinkd.py", "--sink-weight", "0.01"],
+        "sinkd-0.05": ["sinkd.py", "--sink-weight", "0.05"],
+        "sinkd-0.01-plan": ["sinkd.py", "--sink-weight", "0.01", "--sink-grad", "plan"],
+        "sinkd-0.01-row": ["sinkd.py", "--sink-weight", "0.01", "--divergence", "sinkhorn_sample"],
+        "sinkd-row": ["sinkd.py", "--divergence", "sinkhorn_sample", "--tau", "1"],  # as released
+        "sinkd-l1": ["sinkd.py", "--divergence", "l1"],
+        "sinkd-kl": ["sinkd.py", "--divergence", "kl"],
+        "sinkd-rkl": ["sinkd.py", "--divergence", "rkl"],
+        "sinkd-rkl-1": ["sinkd.py", "--divergence", "rkl", "--divergence-weight", "1"],  # BERT's weight
+        "sinkd-js": ["sinkd.py", "--divergence", "js"],
+        "sinkd-tv": ["sinkd.py", "--divergence", "tv"],
+    },
+    "batch": {  # is there more to learn from a batch's geometry when it is larger? 25 epochs each
+        f"sinkd-{arm}-n{n}": ["sinkd.py", "--prompts-per-step", str(n), "--steps", str(14976 // n), *flags]
+        for n in (8, 32, 128)
+        for arm, flags in {
+            "kd": ["--divergence", "none"],
+            "batch": ["--sink-reduction", "mean", "--sink-weight", "0.32"],
+            "row": ["--sink-reduction", "mean", "--sink-weight", "0.32", "--divergence", "sinkhorn_sample"],
+        }.items()
+    },
+}
 HEADLINES = {"sokoban": "skill/train_success"}  # study -> metric of its curves and target, else eval/accuracy
 
 

@@ -22,6 +22,8 @@ REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "requirements-bench.txt"]
 COMMON, KERNELS = sorted((ROOT / "common").rglob("*.py")), sorted((ROOT / "kernels").glob("*.py"))
 SHARED = "--model --task --steps --prompts-per-step --group-size --max-new-tokens --temperature --lr --seed --rollout "
 SHARED += "--device --dtype --lora-rank --micro-batch-tokens --eval-every --save-every --resume --out --wandb"
+LABELLED = {"sinkd", "cot2"}  # learn from examples with labels: no rollouts, hence not all of SHARED
+DATA_COLUMNS = {"text_column", "text_pair_column", "label_column"}
 STUB = """
 class Anything:
     def __init__(self, *args, **kwargs): pass
@@ -206,9 +208,12 @@ def test_a_method_has_150_to_350_lines(path):
     assert 150 <= len(path.read_text().splitlines()) <= 350
 
 
-@pytest.mark.parametrize(("folder", "most"), [("common", 1200), ("common/environments", 900), ("common/families", 800)])
+@pytest.mark.parametrize(
+    ("folder", "most"),
+    [("common", 1200), ("common/environments", 900), ("common/families", 800), ("common/labelled", 350)],
+)
 def test_common_is_thin(folder, most):
-    """Plumbing; episodes and tools; the embedded tasks."""
+    """Plumbing; episodes and tools; the embedded tasks; examples with labels."""
     assert 0 < sum(len(path.read_text().splitlines()) for path in (ROOT / folder).glob("*.py")) <= most
 
 
@@ -235,8 +240,8 @@ def test_every_third_party_import_is_in_requirements():
     pinned = "\n".join(path.read_text() for path in REQUIREMENTS).lower()
     files = METHODS + COMMON + KERNELS + SCRIPTS + sorted((ROOT / "tests").glob("*.py"))
     used = set().union(*map(top, files)) - sys.stdlib_module_names - {"posttrain"}
-    # PyYAML, Pillow and POT are imported by other names; vLLM and verl are installed apart.
-    implied = {"yaml", "PIL", "ot", "vllm", "verl"}
+    # PyYAML, Pillow, scikit-learn and POT are imported by other names; vLLM and verl are installed apart.
+    implied = {"yaml", "PIL", "sklearn", "ot", "vllm", "verl"}
     missing = {name for name in used - implied if not re.search(rf"^{name.replace('_', '[-_]')}==", pinned, re.M)}
     assert not missing
 
@@ -263,20 +268,39 @@ def first_block(path: Path) -> list[str]:
 def test_a_flag_that_methods_share_has_one_type():
     hints = [typing.get_type_hints(config(path)) for path in METHODS]
     shared = set(SHARED.replace("--", "").replace("-", "_").split())
+    of_all = [typing.get_type_hints(config(path)) for path in METHODS if path.stem not in LABELLED]
     for name in shared:
-        assert len({str(hint.get(name)) for hint in hints}) == 1 and name in hints[0], name
+        assert len({str(hint.get(name)) for hint in of_all}) == 1 and name in of_all[0], name
     firsts = set().union(*map(first_block, METHODS))
     for name in firsts:
         assert len({str(hint[name]) for hint in hints if name in hint}) == 1, name
 
 
 def test_first_block_of_flags_is_in_one_order_in_all_methods():
-    blocks = [first_block(path) for path in METHODS]
+    others = [path for path in METHODS if path.stem not in LABELLED]
+    blocks = [first_block(path) for path in others]
     common = set(blocks[0]).intersection(*blocks)
     assert len({tuple(name for name in block if name in common) for block in blocks}) == 1
-    for path, block in zip(METHODS, blocks, strict=True):
+    for path, block in zip(others, blocks, strict=True):
         assert set(block) - common <= {"teacher"}, path.name
         assert block == [field.name for field in dataclasses.fields(config(path))][: len(block)]
+
+
+@pytest.mark.parametrize("path", [path for path in METHODS if path.stem in LABELLED], ids=lambda path: path.stem)
+def test_first_block_of_a_labelled_method_is_a_part_of_the_others_in_their_order(path):
+    blocks = [first_block(other) for other in METHODS if other.stem not in LABELLED]
+    union = next(block for block in blocks if "teacher" in block)
+    assert set().union(*blocks) <= set(union)
+    block = first_block(path)
+    assert [name for name in block if name not in DATA_COLUMNS] == [name for name in union if name in block]
+    assert block == [field.name for field in dataclasses.fields(config(path))][: len(block)]
+
+
+def test_sklearn_is_imported_by_the_digits_alone():
+    """transformers would import it at every start, for a second, because it is installed."""
+    code = "import sys, posttrain.methods.grpo, posttrain.methods.sinkd; print('sklearn' in sys.modules)"
+    done = run(["-c", code], ROOT / "methods")
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("path", METHODS, ids=ids(METHODS))

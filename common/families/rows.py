@@ -60,8 +60,42 @@ class Rows:
     def demonstrate(self, example: Example, rng: random.Random) -> str:
         return str(example.fields["solution"])
 
+    def size(self, split: str) -> int:
+        return len(getattr(self, split))
 
-def load_rows(spec: str) -> tuple[Any, Any]:
+    def describe(self, split: str, row: int) -> str:
+        return text_of(getattr(self, split)[row])
+
+
+class LabelledRows(Rows):
+    """Texts, or pairs of texts, with a class. Classes are numbered as the column's ClassLabel has them, else sorted."""
+
+    def __init__(self, name: str, train: Any, heldout: Any, text_column: str, pair_column: str, label_column: str):
+        columns = {"--text-column": text_column, "--text-pair-column": pair_column, "--label-column": label_column}
+        self.columns = {flag: column for flag, column in columns.items() if column}
+        super().__init__(name, train, heldout, "", "")
+        known = getattr(train.features[label_column], "names", None)
+        found = sorted({e.answer for e in self.train + self.test}, key=lambda x: (str(type(x)), x))
+        self.names = known or [*map(str, found)]
+        self.number = {value: i for i, value in enumerate(range(len(known)) if known else found)}
+        require(len(self.names) > 1, f"task {name!r} has one class only, {self.names[0]!r}: nothing to learn")
+
+    def read(self, table: Any, *_: str) -> list[Example]:
+        there, out = table.column_names, []
+        for flag, column in self.columns.items():
+            lacks = f"task {self.name!r} has no column {column!r}; {flag} can be one of: {', '.join(there)}"
+            require(column in there, lacks)
+        for i, row in enumerate(table):
+            *texts, label = (row[column] for column in self.columns.values())
+            bad = f"task {self.name!r}: row {i} lacks a text or a class (a word, or a number from 0)"
+            require(all(type(text) is str and text for text in texts), bad)
+            require(type(label) is str or (type(label) in (int, bool) and label >= 0), bad)
+            out.append(Example([{"role": "user", "content": text} for text in texts], label))
+        return out
+
+
+def load_rows(spec: str, heldout: tuple[str, ...] = ("test", "validation")) -> tuple[Any, Any]:
+    """Training rows and the first split of heldout that is there, else None."""
     import datasets
 
     path, kind = Path(spec), {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -76,7 +110,7 @@ def load_rows(spec: str) -> tuple[Any, Any]:
         known = "addition, arithmetic, reasoning_gym:NAME, gsm8k, a data file or folder, or a name on the hub"
         cause = first_line(error.__cause__ or error)
         raise UserError(f"task {spec!r} cannot be loaded ({cause}); give {known}") from None
-    own = next((s for s in ("test", "validation") if s in splits), None)
+    own = next((s for s in heldout if s in splits), None)
     train = next((s for s in ("train", *splits) if s in splits and s != own), own)
     require(len(splits[train]) > 0, f"task {spec!r} is empty; give a file with at least two rows")
     return splits[train], None if own in (None, train) else splits[own]
