@@ -156,9 +156,11 @@ STUDIES = {
         "cot2-24-budget-4": ["cot2.py", "--width", "24", "--budget", "4"],
         "discrete-24": ["cot2.py", "--width", "24", "--mode", "discrete"],
     },
-    "width-16": {  # where a budget helps, if training lasts
+    "width-16": {  # where a budget helps, if gradients are not clipped
         "cot2-16": ["cot2.py", "--width", "16", *LONG],
         "cot2-16-budget-4": ["cot2.py", "--width", "16", *LONG, "--budget", "4"],
+        "cot2-16-unclipped": ["cot2.py", "--width", "16", *LONG, "--max-grad-norm", "1e9"],  # as the paper has it
+        "cot2-16-budget-4-unclipped": ["cot2.py", "--width", "16", *LONG, "--budget", "4", "--max-grad-norm", "1e9"],
         "discrete-16": ["cot2.py", "--width", "16", *LONG, "--mode", "discrete"],
     },
     "guesser": {  # the same problems with a model that tries every digit where it does not know
