@@ -969,15 +969,16 @@ class Watch:
     """What a run samples: rows of think and any_token, in order of the calls."""
 
     def __init__(self, patch):
-        self.thought, self.said = [], []
+        self.thought, self.said, self.heat = [], [], []
         think, token = cot2.think, cot2.any_token
 
         def thinking(*args):
             self.thought.append(think(*args))
             return self.thought[-1]
 
-        def saying(*args, **options):
-            self.said.append(token(*args, **options))
+        def saying(logits, temperature, generator):
+            self.heat.append(temperature)
+            self.said.append(token(logits, temperature, generator))
             return self.said[-1]
 
         patch.setattr(cot2, "think", thinking)
@@ -1087,9 +1088,17 @@ def test_two_steps_equal_a_plain_loop(small, start, tmp_path, kind, monkeypatch)
         if config.mode == "grpo":
             rows = rows.repeat_interleave(4)
             sampled = watch.thought[at + step - 1], watch.said[step - 1]
-            assert ((watch.said[step - 1][:, 0] == small.chains[rows, -1]).double().mean().item()) == pytest.approx(
-                rows_of[step]["train/reward"]
-            )
+            assert watch.heat[step - 1] == 1.0, "the answer is drawn at temperature 1 whatever the thoughts' is"
+            right = (watch.said[step - 1][:, 0] == small.chains[rows, -1]).double().view(3, 4).mean(1)
+            assert rows_of[step]["train/reward"] == pytest.approx(right.mean().item())
+            same = ((right == 0) | (right == 1)).double().mean().item()
+            assert rows_of[step]["train/zero_signal"] == pytest.approx(same)
+            if config.epochs == 1:  # the scored logits are the sampled ones
+                p = sampled[0][0].double().softmax(-1)
+                entropy = -(p * p.log()).sum(-1).mean().item()
+                assert rows_of[step]["train/entropy"] == pytest.approx(entropy, abs=1e-4)
+                likeliest = (p[:, -1].argmax(-1) == small.chains[rows, -1]).double().mean().item()
+                assert rows_of[step]["train/accuracy"] == pytest.approx(likeliest)
         for _ in range(config.epochs):
             loss = plain_loss(model, reference, small, rows, config, sampled)
             adamw.zero_grad()
