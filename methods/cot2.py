@@ -9,7 +9,7 @@ softmax at step t, B problems, G rollouts of each, R = 1 for a right answer, els
     (3)  L_CSFT   = mean over problems of sum_{t<m} KL(alpha*_t || alpha_t) - log alpha_m(answer)           --feed
     (4)  z_t      = mean of E over K draws from alpha_t (MTS), or E' a with a ~ Dir(gamma alpha_t)          --sampling
     (5)  log r_t  = mean over the K draws of log(alpha_t / old alpha_t), or of a's densities; at m, of the answer
-    (6)  A        = (R - mean R) / std R over the G rollouts of a problem
+    (6)  A        = (R - mean R) / std R over the G rollouts of a problem, all of it 0 where R is equal
     (7)  L_GRPO   = sum_t [-min(r_t A, clip(r_t, 1-eps, 1+eps) A) + beta k3_t] / (B G m)                    --beta
 
 --mode csft trains (3), grpo trains (7) from a trained --model; baselines are discrete (next tokens of one trace) and
@@ -49,9 +49,7 @@ PRESETS["paper"] = {"lr": 1e-4, "prompts_per_step": 16, "steps": 328_000, "eval_
 
 @dataclass
 class Config:
-    model: str = (
-        "scratch"  # scratch: a GPT-2 of --width, --layers, --heads; or a run's model/, or any causal model's body
-    )
+    model: str = "scratch"  # scratch: a GPT-2 of --width, --layers, --heads; a run's model/; any causal model's body
     task: str = "mnns"  # mnns, prosqa or prontoqa, with options such as mnns:digits=5
     steps: int = 4100  # batches; 82 are an epoch of the default task (paper: 1000 epochs of 328)
     prompts_per_step: int = 64  # problems a batch (paper: 16)
@@ -74,7 +72,7 @@ class Config:
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
     # --- this method
     preset: Literal[tuple(PRESETS)] = "none"  # the paper's CSFT, or GRPO at this size; explicit flags win
-    mode: Literal["csft", "grpo", "discrete", "none"] = "csft"  # Eq. 3, Eq. 7, or a baseline
+    mode: Literal["csft", "grpo", "discrete", "none"] = "csft"  # Eq. 3, Eq. 7 (begin with --preset grpo), or a baseline
     width: int = 32  # d of a model from scratch (paper: 16, 24, 32)
     layers: int = 2  # of a model from scratch (paper: 1, 2, 4)
     heads: int = 2  # of a model from scratch (paper: 1, 2, 4)
@@ -107,7 +105,8 @@ def soft_targets(paths: Tensor, budget: int, vocab_size: int) -> Tensor:
 
 def csft_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Eq. 3 in its two parts: the steps before m, and m.  logits, alpha* [N, m, V] -> scalars; 0 log 0 = 0"""
-    kl = (torch.xlogy(target, target) - target * logits.log_softmax(-1)).sum(-1)
+    cross = torch.where(target > 0, target * logits.log_softmax(-1), 0)
+    kl = (torch.xlogy(target, target) - cross).sum(-1)
     return kl[:, :-1].sum(1).mean(), kl[:, -1].mean()
 
 
@@ -122,12 +121,6 @@ def draw_thought(logits: Tensor, config: Config, generator: torch.Generator) -> 
     return (torch._standard_gamma(c + 1, generator=generator).log() + u.log() / c).log_softmax(-1)
 
 
-def dirichlet_log_prob(log_a: Tensor, alpha: Tensor, gamma: float) -> Tensor:
-    """log density of Dir(gamma alpha) at a.  [..., V], alpha > 0 where it is to count, rows sum to 1 -> [...]"""
-    c = torch.where(alpha > 0, gamma * alpha, 1.0)
-    return torch.lgamma(c.new_tensor(gamma)) + ((c - 1) * log_a - torch.lgamma(c)).sum(-1)
-
-
 def thought_log_ratio(logits: Tensor, old_logits: Tensor, drawn: Tensor, config: Config) -> Tensor:
     """log r_t of Eq. 5 for the steps before m.  logits [N, m-1, V], ids [N, m-1, K] or log a [N, m-1, V] -> [N, m-1]"""
     if config.sampling == "mts":
@@ -137,9 +130,9 @@ def thought_log_ratio(logits: Tensor, old_logits: Tensor, drawn: Tensor, config:
     new, old = ((x.double() / config.temperature).softmax(-1) for x in (logits, old_logits))
     floor = config.dirichlet_floor or 1e-12
     kept = torch.maximum(new, old) >= floor  # no need to renormalise a on them: both densities change alike
-    shares = (torch.where(kept, alpha.clamp(min=floor), 0) for alpha in (new, old))
-    new, old = (dirichlet_log_prob(drawn, share / share.sum(-1, keepdim=True), config.gamma) for share in shares)
-    return new - old
+    new, old = (torch.where(kept, alpha.clamp(min=floor), 0) for alpha in (new, old))
+    c, old_c = (torch.where(kept, config.gamma * alpha / alpha.sum(-1, keepdim=True), 1) for alpha in (new, old))
+    return ((c - old_c) * drawn - c.lgamma() + old_c.lgamma()).sum(-1)
 
 
 def log_ratios(logits: Tensor, old_logits: Tensor, drawn: Tensor, answer: Tensor, config: Config) -> Tensor:
@@ -177,8 +170,8 @@ def embeddings(model: nn.Module) -> Tensor:
 def read(model: nn.Module, inputs: Tensor, start: int, cache: "transformers.DynamicCache | None" = None) -> Tensor:
     """fp32 logits of what follows each position from `start` on.  [N, L, d] -> [N, L - start, V]"""
     with autocast(model):
-        states = model.base_model(inputs_embeds=inputs, past_key_values=cache, use_cache=cache is not None)[0]
-        return model.get_output_embeddings()(states[:, start:]).float()
+        options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": inputs.shape[1] - start}
+        return model(inputs_embeds=inputs, **options).logits.float()
 
 
 def as_inputs(table: Tensor, drawn: Tensor) -> Tensor:
@@ -228,8 +221,9 @@ def check(config: Config) -> None:
     idle = [flag for flag, modes in IDLE.items() if config.mode not in modes.split()]
     idle += ["gamma", "dirichlet_floor"] if config.sampling == "mts" else ["k", "normalise_sampling"]
     idle += ["width", "layers", "heads", "dropout"] if config.model != "scratch" else []
-    idle += ["kl_answer_detached"] if not config.beta else []
-    given = [flag.replace("_", "-") for flag in idle if getattr(config, flag) != getattr(Config, flag)]
+    idle += [] if config.beta else ["kl_answer_detached"]
+    idle += [] if config.epochs > 1 or config.grpo_dropout else ["clip"]
+    given = [flag.replace("_", "-") for flag in dict.fromkeys(idle) if getattr(config, flag) != getattr(Config, flag)]
     require(not given, f"--{' --'.join(given)} has nothing to act on beside these flags; leave it out")
 
 
@@ -237,13 +231,16 @@ def main(config: Config) -> None:
     check(config)
     device, task, mode = prepare(config), make_task(config.task), config.mode
     require(isinstance(task, Traces), f"--task {config.task!r} has no traces; choose mnns, prosqa or prontoqa")
-    model, m = make_model(config, task, device), task.paths.shape[2]
+    model, m = make_model(config, task, device, mode != "grpo"), task.paths.shape[2]
     # Arrows stand before a trace or, as fillers, before a bare answer; grpo asks in the way that the model was taught.
     model.config.arrows = arrows = {"csft": 0, "discrete": 1, "none": m}.get(mode, getattr(model.config, "arrows", 0))
     kept = [t for t in range(m) if t == m - 1 or (mode != "none" and (t + 1) % config.keep_every == 0)]
+    taught = getattr(model.config, "taught_steps", m)
+    require(mode != "grpo" or taught == m, f"{config.model!r} was taught {taught} of {m} steps; give a model of all")
+    model.config.taught_steps, n_held = len(kept), min(config.eval_problems, len(task.prompts) - task.n_train)
     prompts, chains = nn.functional.pad(task.prompts, (0, arrows), value=ARROW).to(device), task.chains.to(device)
     paths, chains, answers, n = task.paths.to(device), chains[:, kept], chains[:, -1], prompts.shape[1]
-    held_out = slice(task.n_train, task.n_train + config.eval_problems)
+    held_out, config.eval_problems = slice(task.n_train, task.n_train + n_held), n_held
     reference = copy.deepcopy(model).eval().requires_grad_(False) if config.beta else None
     optimizer = Optimizer(model, config)
     run, parts = Run(config, "cot2"), {"model": model, "optimizer": optimizer}

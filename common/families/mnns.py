@@ -1,6 +1,6 @@
 """Minimum non-negative sum (MNNS), CoT2's task: sign the digits so that their total is the least that is not negative.
 
-Vocabulary: <pad> <bos> <eos> -> + - D0..D9 (more if high is above 9) and S-36..S36 (digits x high). A problem is
+Vocabulary: <pad> <bos> <eos> -> + - D0..D9 and S-36..S36, more with more or higher digits. A problem is
 <bos> D5 D1 D4 D2; a state is the sum so far, such as S5 S4 S0 S2; the answer is the last. All tuples of digits are
 problems. Those with the same digits in another order are on the same side of the split.
 """
@@ -29,7 +29,7 @@ def nearest_first(paths: list[list[int]]) -> list[list[int]]:
     return [path for _, path in sorted(minus_first, key=lambda each: (abs(each[1][-1]), each[1][-1] < 0, -each[0]))]
 
 
-def shortest_total(paths: list[list[int]]) -> list[int]:
+def least_total(paths: list[list[int]]) -> list[int]:
     """The first way, + before - from the left, that reaches the answer: what a discrete chain is taught."""
     return min(paths, key=lambda path: (path[-1] < 0, path[-1]))
 
@@ -59,6 +59,6 @@ def mnns(name: str, *, digits: int = 4, low: int = 1, high: int = 9) -> Traces:
         vocabulary=vocabulary,
         prompts=torch.tensor([[BOS, *(D0 + d for d in problem)] for problem in problems]),
         paths=torch.tensor([nearest_first(paths) for paths in every]) + zero,
-        chains=torch.tensor([shortest_total(paths) for paths in every]) + zero,
+        chains=torch.tensor([least_total(paths) for paths in every]) + zero,
         n_train=len(train),
     )

@@ -66,7 +66,7 @@ def reach(name: str, *, width: int = 6, depth: int = 3, problems: int = 20000) -
         prompts[prompt] = None
         answer = first + good if pros else len(SPECIAL) + (not right)
         rng.shuffle(ways)
-        ways.sort(key=lambda way: way[-1] != good)  # a budget keeps those that get there
+        ways.sort(key=lambda way: way[-1] != good)  # budgets keep walks to a node that is reached
         paths.append([[*(first + node for node in way), answer] for way in ways])
         chains.append(paths[-1][0])
         if len(prompts) == problems:

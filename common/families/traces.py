@@ -55,8 +55,8 @@ class Traces:
         return rows
 
 
-def make_model(config: Any, task: Traces, device: torch.device) -> nn.Module:
-    """The model whose vocabulary is the task's symbols; a body with another vocabulary gets new embeddings."""
+def make_model(config: Any, task: Traces, device: torch.device, new: bool = True) -> nn.Module:
+    """The model whose vocabulary is the task's symbols. A body with another gets new embeddings, if it may."""
     size, length = len(task.vocabulary), task.prompts.shape[1] + 2 * task.paths.shape[2] + 2
     special = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
     if config.model == "scratch":
@@ -73,10 +73,11 @@ def make_model(config: Any, task: Traces, device: torch.device) -> nn.Module:
     longest = getattr(model.config, "max_position_embeddings", length)
     require(longest >= length, f"--task {config.task} has up to {length} positions, the model {longest}")
     if getattr(model.config, "symbols", None) != task.vocabulary:
-        require(config.mode != "grpo", f"{config.model!r} was not trained on the symbols of --task {config.task}")
+        require(new, f"{config.model!r} was not trained on the symbols of --task {config.task}")
         model.resize_token_embeddings(size)
         for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
             nn.init.normal_(table.weight, std=0.02)
+            table.padding_idx = None  # else the row of what is another symbol now would not learn
     model.config.symbols = task.vocabulary
     for name, value in special.items():
         setattr(model.config, name, value)
