@@ -314,7 +314,9 @@ def main(config: Config) -> None:
                 logits = score(model, prompts[rows], drawn)
                 log_ratio = log_ratios(logits, old_logits, drawn, said, config)
                 losses = {"loss/policy": policy_loss(log_ratio, advantages.flatten(), config.clip)}
-                metrics |= {"policy/kl_old": -log_ratio.mean().item()}
+                beyond = (log_ratio.exp() - 1) * advantages.view(-1, 1).sign()  # on the side that matters
+                clipped = (beyond > config.clip).double().mean().item()
+                metrics |= {"policy/kl_old": -log_ratio.mean().item(), "policy/clipped": clipped}
                 if config.beta:
                     to_reference = log_ratios(ref_logits, logits, drawn, said, config)
                     losses["loss/kl"] = config.beta * kl_penalty(to_reference, config.kl_answer_detached)

@@ -232,6 +232,15 @@ def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def paired(differences: list[float]) -> list[float] | None:
+    """Mean and half the width of its 95% interval by Student's t; None from one seed."""
+    from scipy.stats import t
+
+    n = len(differences)
+    half = t.ppf(0.975, n - 1) * spread(differences) / math.sqrt(n) if n > 1 else None
+    return None if half is None else [statistics.mean(differences), float(half)]
+
+
 def diversity(model: str, task_name: str) -> dict[str, float]:
     """Of the correct among 16 samples to each of 128 held-out problems: which of the task's routes did they take?
 
@@ -305,13 +314,16 @@ def main(config: Config) -> None:
         after |= {key: [each[-1][key] for each in lines] for key in sorted(measured)}
         every, prefix = [line for each in lines for line in each[1:]], summaries[0]["method"].split("_")[0] + "/"
         own = {key: [line[key] for line in every if key in line] for key in every[0] if key.startswith(prefix)}
-        routes = [diversity(str(mine[i] / "model"), summaries[i]["task"]) for i in range(config.seeds)]
-        after |= {key: [each[key] for each in routes] for key in routes[0]}
+        if "eval/pass_at_k" in after:  # a method that writes texts
+            routes = [diversity(str(mine[i] / "model"), summaries[i]["task"]) for i in range(config.seeds)]
+            after |= {key: [each[key] for each in routes] for key in routes[0]}
         before = statistics.mean(summary["accuracy_before"] for summary in summaries)
         seconds = statistics.mean(summary["seconds"] for summary in summaries)
         methods[arm] = {key: statistics.mean(values) for key, values in after.items()}
         methods[arm] |= {"eval/accuracy_se": spread(after["eval/accuracy"]), "seeds": config.seeds, "before": before}
         methods[arm] |= {"runs": after, "steps_to_target": [None if math.isinf(step) else step for step in reached]}
+        first = methods[next(iter(arms))]["runs"]["eval/accuracy"]
+        methods[arm]["minus first arm"] = paired([a - b for a, b in zip(after["eval/accuracy"], first, strict=True)])
         methods[arm]["mean over steps"] = {key: statistics.mean(values) for key, values in own.items()}
         methods[arm] |= {"seconds": seconds, "command": " ".join(["python", f"methods/{script}", *flags])}
         curves[arm] = points
