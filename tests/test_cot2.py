@@ -940,7 +940,7 @@ OWN = {
     "csft": {"loss/kl", "loss/answer"},
     "discrete": {"loss/nll"},
     "none": {"loss/nll"},
-    "grpo": {"loss/policy", "policy/kl_old", "train/reward", "train/zero_signal"},
+    "grpo": {"loss/policy", "policy/kl_old", "policy/clipped", "train/reward", "train/zero_signal"},
 }
 
 
@@ -1250,9 +1250,24 @@ def test_the_first_rollouts_are_on_policy_and_later_epochs_or_dropout_are_not(st
     assert max(drift("dirichlet", sampling="dirichlet")) < 1e-4
     assert min(drift("dropout", grpo_dropout=True, lr=1e-9)) > 1e-4
     assert max(drift("epochs", epochs=3)) > 1e-3
+    clipped = {name: [row["policy/clipped"] for row in lines(tmp_path / name)[1:]] for name in ("once", "epochs")}
+    assert max(clipped["once"]) == 0 and 0 < max(clipped["epochs"]) < 1
     base = weights(run(tmp_path / "still", mode="grpo", model=start("discrete", dropout=0.1), lr=1e-9))
     saved = load_file(Path(start("discrete", dropout=0.1)) / "model.safetensors")
     assert all((base[name] - saved[name]).abs().max() < 1e-6 for name in base)
+
+
+def test_grpo_refuses_a_model_that_was_taught_fewer_steps(start, tmp_path):
+    with pytest.raises(UserError, match="taught 2 of 3 steps"):
+        run(tmp_path / "kept", mode="grpo", model=start("discrete", keep_every=2))
+    with pytest.raises(UserError, match="taught 1 of 3 steps"):
+        run(tmp_path / "none", mode="grpo", model=start("none"))
+
+
+def test_more_problems_than_are_held_out_are_not_counted(tmp_path, capsys):
+    out = run(tmp_path / "few", eval_problems=64, steps=1)
+    assert json.loads((out / "config.json").read_text())["flags"]["eval_problems"] == 13
+    assert "13 held-out problems" in " ".join(capsys.readouterr().out.split())
 
 
 def test_dropout_acts_in_training_and_not_in_evaluation(tmp_path):
@@ -1503,7 +1518,7 @@ def test_bad_input_is_one_line_that_names_the_flag_and_leaves_no_run(name, start
 OTHER = {  # flag -> a value that is not the default, and the modes in which the flag acts
     "feed": ("self", "csft"), "budget": (2, "csft"), "keep_every": (2, "discrete"),
     "temperature": (0.5, "grpo discrete"), "discrete_loss": ("full", "discrete none"),
-    "eval_draws": (2, "grpo discrete"), "k": (2, "grpo"), "normalise_sampling": (True, "grpo"), "clip": (0.2, "grpo"),
+    "eval_draws": (2, "grpo discrete"), "k": (2, "grpo"), "normalise_sampling": (True, "grpo"),
     "beta": (0.1, "grpo"), "sampling": ("dirichlet", "grpo"), "epochs": (2, "grpo"), "grpo_dropout": (True, "grpo"),
     "group_size": (4, "grpo"), "dropout": (0.2, "csft discrete none"), "width": (16, "csft discrete none"),
     "layers": (1, "csft discrete none"), "heads": (1, "csft discrete none"),
@@ -1524,10 +1539,12 @@ def test_a_flag_that_has_nothing_to_act_on_is_refused_and_others_are_not(mode):
 @pytest.mark.parametrize(
     "flags",
     [{"gamma": 3.0}, {"dirichlet_floor": 0.0}, {"sampling": "dirichlet", "k": 2}, {"kl_answer_detached": True},
-     {"sampling": "dirichlet", "normalise_sampling": True}],
+     {"sampling": "dirichlet", "normalise_sampling": True}, {"clip": 0.2}],
 )  # fmt: skip
 def test_flags_of_the_other_sampling_or_of_no_kl_are_refused(flags):
     cot2.check(Config(mode="grpo", model="x"))
+    cot2.check(Config(mode="grpo", model="x", clip=0.2, epochs=2))
+    cot2.check(Config(mode="grpo", model="x", clip=0.2, grpo_dropout=True))
     with pytest.raises(UserError, match=list(flags)[-1].replace("_", "-") + ".* has nothing to act on"):
         cot2.check(Config(mode="grpo", model="x", **flags))
     cot2.check(Config(mode="grpo", model="x", sampling="dirichlet", gamma=3.0, dirichlet_floor=0.0))
