@@ -35,7 +35,7 @@ def fail(message: str) -> NoReturn:
 POSITIVE = {"lr", "steps", "prompts_per_step", "max_new_tokens", "micro_batch_tokens", "eval_problems", "eval_samples"}
 POSITIVE |= {"max_grad_norm", "group_size", "minibatches", "epochs", "top_k", "repeats", "problems", "samples"}
 POSITIVE |= {"max_turns", "bank_size", "summary_tokens", "critique_tokens", "kd_temperature", "iters", "max_length"}
-POSITIVE |= {"mlot_top", "tau", "eps"}
+POSITIVE |= {"mlot_top", "tau", "eps", "k", "gamma", "keep_every", "eval_draws", "width", "layers", "heads"}
 ANY = {"margin_delta", "balance_ratio"}  # negative or infinite values have a meaning
 
 

@@ -6,25 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers.utils
+import transformers.utils  # classes are imported when first named: that takes seconds, which --help need not wait
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from posttrain.common.cli import UserError, first_line, require
 
 transformers.utils.is_sklearn_available = lambda: False  # assisted generation's; it would take a second of every start
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, set_seed  # noqa: E402
 
 TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py
 
-transformers_logging.set_verbosity_error()
+transformers.utils.logging.set_verbosity_error()
 logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry; one line of ours is enough
-transformers_logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 
 def prepare(config: Any) -> torch.device:
     """Seeds, CPU threads and device of a run. One thread for the tiny models: two can be twenty times slower."""
-    set_seed(config.seed)
+    transformers.set_seed(config.seed)
     if config.threads or (TINY / config.model).is_dir():
         torch.set_num_threads(config.threads or 1)
     try:
@@ -44,9 +42,9 @@ def from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
         raise UserError(f"cannot load {name!r}: {known} ({first_line(error)})") from None
 
 
-def load_tokenizer(name: str, ends: bool = True) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, ends: bool = True) -> "transformers.PreTrainedTokenizerBase":
     """ends: refuse one without an end of text."""
-    tokenizer = from_pretrained(AutoTokenizer, name)
+    tokenizer = from_pretrained(transformers.AutoTokenizer, name)
     has = tokenizer.eos_token_id is not None or (not ends and tokenizer.pad_token_id is not None)
     require(has, f"the tokenizer of {name!r} has no eos_token; set it in its folder")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # only fills; masks come from lengths, not ids
@@ -55,7 +53,7 @@ def load_tokenizer(name: str, ends: bool = True) -> PreTrainedTokenizerBase:
 
 def load_model(
     name: str, device: torch.device, dtype: str = "float32", lora_rank: int = 0, train: bool = True,
-    kind: Any = AutoModelForCausalLM, **fresh: Any
+    kind: Any = None, **fresh: Any
 ) -> nn.Module:  # fmt: skip
     """A causal language model, or kind, in eval mode: no dropout in training either, else on-policy ratios are not 1.
     fresh: settings of a classification head, which may then be new; without them all weights must be there.
@@ -65,7 +63,7 @@ def load_model(
     """
     mixed = train and dtype == "bfloat16"
     options = {"dtype": torch.float32 if mixed else getattr(torch, dtype), "output_loading_info": True, **fresh}
-    model, found = from_pretrained(kind, name, **options)
+    model, found = from_pretrained(kind or transformers.AutoModelForCausalLM, name, **options)
     lacks = f"{name!r} lacks weights of a {type(model).__name__}: {', '.join(sorted(found['missing_keys'])[:3])}"
     require(fresh or not found["missing_keys"], f"{lacks}; choose a model with this head")
     model = model.to(device).eval().requires_grad_(train)
@@ -89,7 +87,7 @@ def autocast(model: nn.Module) -> torch.autocast:
     return torch.autocast(plain(model).device.type, model.autocast_dtype, enabled=model.autocast_dtype is not None)
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def save_model(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase | None", folder: Path) -> None:
     """Plain Hugging Face folder, written beside the target and renamed into place. Adapters are merged for good."""
     partial = folder.with_name(folder.name + ".partial")
     model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
@@ -100,7 +98,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, fold
     partial.rename(folder)
 
 
-def stop_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_ids(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase") -> list[int]:
     """Every token that ends a response: the tokenizer's and all of the generation config's (Qwen3 has two)."""
     ids = plain(model).generation_config.eos_token_id
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})

@@ -5,9 +5,8 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, StopStringCriteria
-from transformers.cache_utils import DynamicCache
 
 from posttrain.common.cli import require
 from posttrain.common.models import autocast, plain, stop_ids
@@ -60,7 +59,7 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def encode(tokenizer: "transformers.PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a prompt, through the chat template when the tokenizer has one (base models: plain text)."""
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -88,7 +87,9 @@ def assemble(
     return Rollout(tokens, attention_mask, (turn >= 0).float(), turn, behaviour_logps, **{**blank, **rest})
 
 
-def written(tokenizer: PreTrainedTokenizerBase, examples: list[Example], texts: list[str], n: int = 1) -> Rollout:
+def written(
+    tokenizer: "transformers.PreTrainedTokenizerBase", examples: list[Example], texts: list[str], n: int = 1
+) -> Rollout:
     """Responses that nobody sampled, n to a prompt, as a Rollout, each closed by the end token."""
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
     prompts = [encode(tokenizer, example.prompt) for example in examples]
@@ -159,7 +160,7 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: float, top_p: float = 
 class Memory:
     """Keys and values of contexts that a later call goes on with; empty at first."""
 
-    cache: DynamicCache | None = None
+    cache: "transformers.DynamicCache | None" = None
     mask: Tensor | None = None  # [R, S] int64, 1 on slots that hold a token of their row
 
     def keep(self, rows: list[int]) -> None:
@@ -171,7 +172,7 @@ class Memory:
 class HFEngine:
     """Samples with the trainer's own model through transformers: works everywhere, never has stale weights."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 2**16):
+    def __init__(self, model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", batch_tokens: int = 2**16):
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = stop_ids(model, tokenizer)
         self.batch_tokens = batch_tokens  # rows x tokens whose key-value cache may exist at one time
@@ -212,9 +213,9 @@ class HFEngine:
         model, device = plain(self.model), plain(self.model).device
         u, limits = u.to(device), torch.tensor(limits or [u.shape[1]] * len(u), device=device)
         ends = torch.tensor(self.stop_ids, device=device)
-        stop = StopStringCriteria(self.tokenizer, list(stops)) if stops else None
+        stop = transformers.StopStringCriteria(self.tokenizer, list(stops)) if stops else None
 
-        def forward(tokens: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
+        def forward(tokens: Tensor, mask: Tensor, position: Tensor, cache: "transformers.DynamicCache") -> Tensor:
             with autocast(self.model):
                 inputs = {"input_ids": tokens, "position_ids": position, "attention_mask": mask if padded else None}
                 return model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -224,7 +225,7 @@ class HFEngine:
             new = [context[k:] for context, k in zip(contexts, known.sum(1).tolist(), strict=True)]
         else:  # every prompt is read once and its cache repeated for the group
             place = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, contexts)))}
-            new, cache = list(map(list, place)), DynamicCache(config=model.config)
+            new, cache = list(map(list, place)), transformers.DynamicCache(config=model.config)
             known = torch.zeros(len(new), 0, dtype=torch.int64, device=device)
         width = max(map(len, new))
         tokens = torch.tensor([[0] * (width - len(ids)) + ids for ids in new], device=device)  # left-padded

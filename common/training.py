@@ -52,16 +52,14 @@ class Optimizer:
         self.skipped = state["skipped"]
 
 
-def epoch_rows(size: int, batch: int, step: int, seed: int) -> list[int]:
-    """Batch `step` (1, 2, ...) of the permutations of all epochs laid end to end, so that every batch is full.
+def batch_of(n: int, size: int, seed: int, step: int, stream: int = 2) -> Tensor:
+    """Rows of a table of n for training step 1, 2, ...: a permutation an epoch, end to end, so that no batch is short.
 
-    An epoch's permutation depends on (seed, epoch) alone: a resumed run needs no replay.
+    -> [size] int64, a pure function of its arguments: a resumed run needs no replay
     """
-    places, orders = range((step - 1) * batch, step * batch), {}
-    for epoch in {place // size for place in places}:
-        generator = torch.Generator().manual_seed(seed_of(seed, epoch, 2**31 + 1))
-        orders[epoch] = torch.randperm(size, generator=generator).tolist()
-    return [orders[place // size][place % size] for place in places]
+    at = torch.arange((step - 1) * size, step * size)
+    orders = {e: torch.Generator().manual_seed(seed_of(seed, e, stream)) for e in (at // n).unique().tolist()}
+    return torch.cat([torch.randperm(n, generator=g)[at[at // n == e] % n] for e, g in orders.items()])
 
 
 def pass_at_k(correct: Tensor, k: int) -> Tensor:

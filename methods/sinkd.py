@@ -38,7 +38,7 @@ from posttrain.common.labelled.models import kind_of, load_all
 from posttrain.common.models import prepare
 from posttrain.common.rollout import seed_of
 from posttrain.common.run import Run, sample_rows
-from posttrain.common.training import Optimizer, Schedule, epoch_rows, resources
+from posttrain.common.training import Optimizer, Schedule, batch_of, resources
 from posttrain.kernels.divergence import divergence
 from posttrain.kernels.sinkhorn import converged_slope, pairwise_cost, sinkhorn, sinkhorn_scaling
 
@@ -291,7 +291,7 @@ def main(config: Config) -> None:
     for step in run.steps(done):
         # --- sample and grade: the data have been
         clock, key, keep = [time.perf_counter()], (config.seed, step, 2**31 + 3), None
-        rows = epoch_rows(size, config.prompts_per_step, step, config.seed)
+        rows = batch_of(size, config.prompts_per_step, config.seed, step, 2**31 + 1).tolist()
         batch, given = (table.collate("train", rows, reader) for reader in readers)
         if lm and same and 0 < config.rows < len(batch.labels):
             order = torch.randperm(len(batch.labels), generator=torch.Generator().manual_seed(seed_of(*key)))

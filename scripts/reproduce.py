@@ -32,6 +32,7 @@ from posttrain.common.tasks import CORRECT, make_task
 METHODS = Path(__file__).resolve().parents[1] / "methods"
 PLAIN = ["--margin", "none", "--online-balance", "none"]
 EQUAL = ["--steps", "120", "--prompts-per-step", "8", "--group-size", "16"]  # uni_opd.py's
+ONE_LAYER, LONG = ["--layers", "1", "--heads", "1", "--width", "24"], ["--steps", "19700"]  # cot2.py's; 240 epochs
 # study -> arm -> script and flags. An arm's name means one command in all studies.
 STUDIES = {
     "addition": {
@@ -121,6 +122,47 @@ STUDIES = {
         "rltf-fm": ["rltf.py", "--mode", "fm"],
         "rltf-fm-1": ["rltf.py", "--mode", "fm", "--fm-lambda", "1"],
     },
+    "mnns": {  # sums by signs, CoT2 against discrete chains
+        "cot2": ["cot2.py"],
+        "cot2-self": ["cot2.py", "--feed", "self"],
+        "cot2-budget-4": ["cot2.py", "--budget", "4"],
+        "discrete": ["cot2.py", "--mode", "discrete"],
+        "discrete-full": ["cot2.py", "--mode", "discrete", "--discrete-loss", "full"],  # as the released code has it
+        "no-cot": ["cot2.py", "--mode", "none"],
+    },
+    "mts": {  # GRPO on thoughts; each goes on from the same seed's run of the study mnns
+        f"{start}-{arm}": ["cot2.py", "--preset", "grpo", "--model", f"{{folder}}/{start}-{{seed}}/model", *flags]
+        for start, arm, flags in (
+            ("discrete", "mts-1", ["--k", "1"]),  # GRPO on a discrete chain of thought
+            ("discrete", "mts-3", ["--k", "3"]),
+            ("discrete", "mts-6", ["--k", "6"]),
+            ("discrete", "mts-3-normalised", ["--k", "3", "--normalise-sampling"]),
+            ("discrete", "dirichlet", ["--sampling", "dirichlet"]),
+            ("cot2", "mts-3", ["--k", "3"]),
+            ("cot2", "dirichlet", ["--sampling", "dirichlet"]),
+        )
+    },
+    "one-layer": {  # one layer with one head, d = 24, as in the paper's Pass@k
+        "one-cot2": ["cot2.py", *ONE_LAYER],
+        "one-discrete": ["cot2.py", *ONE_LAYER, "--mode", "discrete", "--eval-draws", "14"],
+        "one-discrete-0.4": ["cot2.py", *ONE_LAYER, "--mode", "discrete", "--eval-draws", "14", "--temperature", "0.4"],
+    },
+    "one-layer-mts": {  # and in its table of GRPO; from the runs of one-layer
+        f"one-mts-{k}": ["cot2.py", "--preset", "grpo", "--k", k, "--model", "{folder}/one-discrete-{seed}/model"]
+        for k in "136"
+    },
+    "width-24": {
+        "cot2-24": ["cot2.py", "--width", "24"],
+        "cot2-24-budget-4": ["cot2.py", "--width", "24", "--budget", "4"],
+        "discrete-24": ["cot2.py", "--width", "24", "--mode", "discrete"],
+    },
+    "width-16": {  # where a budget helps, if gradients are not clipped
+        "cot2-16": ["cot2.py", "--width", "16", *LONG],
+        "cot2-16-budget-4": ["cot2.py", "--width", "16", *LONG, "--budget", "4"],
+        "cot2-16-unclipped": ["cot2.py", "--width", "16", *LONG, "--max-grad-norm", "1e9"],  # as the paper has it
+        "cot2-16-budget-4-unclipped": ["cot2.py", "--width", "16", *LONG, "--budget", "4", "--max-grad-norm", "1e9"],
+        "discrete-16": ["cot2.py", "--width", "16", *LONG, "--mode", "discrete"],
+    },
     "guesser": {  # the same problems with a model that tries every digit where it does not know
         f"guesser-{arm}": ["rltf.py", "--model", "steps-guesser", *flags]
         for arm, flags in {
@@ -178,7 +220,7 @@ def run(config: Config, arm: str, seed: int) -> Path:
     """One training run, skipped if it is complete and continued if it was stopped."""
     folder = Path(config.folder) / f"{arm}-{seed}"
     if not (folder / "summary.json").exists():
-        script, *flags = STUDIES[config.study][arm]
+        script, *flags = (part.format(folder=config.folder, seed=seed) for part in STUDIES[config.study][arm])
         flags += ["--seed", str(seed), "--eval-every", str(config.eval_every), "--out", str(folder)]
         flags += ["--resume"] if (folder / "config.json").exists() else []
         done = subprocess.run([sys.executable, str(METHODS / script), *flags], capture_output=True, text=True)
@@ -188,6 +230,15 @@ def run(config: Config, arm: str, seed: int) -> Path:
 
 def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def paired(differences: list[float]) -> list[float] | None:
+    """Mean and half the width of its 95% interval by Student's t; None from one seed."""
+    from scipy.stats import t
+
+    n = len(differences)
+    half = t.ppf(0.975, n - 1) * spread(differences) / math.sqrt(n) if n > 1 else None
+    return None if half is None else [statistics.mean(differences), float(half)]
 
 
 def diversity(model: str, task_name: str) -> dict[str, float]:
@@ -256,19 +307,23 @@ def main(config: Config) -> None:
         points = [[(line["step"], line[headline]) for line in each
                    if headline in line and line["step"] % config.eval_every == 0] for each in lines]  # fmt: skip
         reached = [next((step for step, accuracy in each if accuracy >= config.target), math.inf) for each in points]
-        after = {key: [summary["after"][key] for summary in summaries] for key in EVAL_KEYS}
+        measured = [key for key in EVAL_KEYS if key in summaries[0]["after"]]
+        after = {key: [summary["after"][key] for summary in summaries] for key in measured}
         measured = set(lines[0][0]).intersection(*(each[-1] for each in lines)) - {"step", *EVAL_KEYS}  # at evaluations
         measured |= {key for key in lines[0][-1] if key.endswith("/tokens")}  # running totals
         after |= {key: [each[-1][key] for each in lines] for key in sorted(measured)}
         every, prefix = [line for each in lines for line in each[1:]], summaries[0]["method"].split("_")[0] + "/"
         own = {key: [line[key] for line in every if key in line] for key in every[0] if key.startswith(prefix)}
-        routes = [diversity(str(mine[i] / "model"), summaries[i]["task"]) for i in range(config.seeds)]
-        after |= {key: [each[key] for each in routes] for key in routes[0]}
+        if "eval/pass_at_k" in after:  # a method that writes texts
+            routes = [diversity(str(mine[i] / "model"), summaries[i]["task"]) for i in range(config.seeds)]
+            after |= {key: [each[key] for each in routes] for key in routes[0]}
         before = statistics.mean(summary["accuracy_before"] for summary in summaries)
         seconds = statistics.mean(summary["seconds"] for summary in summaries)
         methods[arm] = {key: statistics.mean(values) for key, values in after.items()}
         methods[arm] |= {"eval/accuracy_se": spread(after["eval/accuracy"]), "seeds": config.seeds, "before": before}
         methods[arm] |= {"runs": after, "steps_to_target": [None if math.isinf(step) else step for step in reached]}
+        first = methods[next(iter(arms))]["runs"]["eval/accuracy"]
+        methods[arm]["minus first arm"] = paired([a - b for a, b in zip(after["eval/accuracy"], first, strict=True)])
         methods[arm]["mean over steps"] = {key: statistics.mean(values) for key, values in own.items()}
         methods[arm] |= {"seconds": seconds, "command": " ".join(["python", f"methods/{script}", *flags])}
         curves[arm] = points

@@ -457,11 +457,20 @@ ACCUMULATED = [
 
 
 @pytest.mark.parametrize(("method", "given"), ACCUMULATED)
-def test_micro_batches_change_nothing(method, given, tmp_path):
-    given = {**given, "steps": 2, "lr": 3e-4, "eval-every": 0}
+def test_micro_batches_change_nothing(method, given, tmp_path, monkeypatch):
+    """With a large eps: Adam divides by the gradient's own size, and so turns rounding near 0 into whole steps."""
+
+    class Linear(Optimizer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.adamw.param_groups[0]["eps"] = 1e-2
+
+    monkeypatch.setattr(METHODS[method], "Optimizer", Linear)
+    given = {**given, "steps": 2, "lr": 1e-3, "eval-every": 0}
     small, large = (here(method, tmp_path / f"{n}", **given, **{"micro-batch-tokens": n}) for n in (60, 100_000))
     for a, b in zip(results(small), results(large), strict=True):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+        noise = a.pop("engine/ratio_max", 1.0), b.pop("engine/ratio_max", 1.0)  # the largest rounding error
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5) and noise == pytest.approx((1, 1), abs=1e-4)
     x, y = weights(small), weights(large)
     for key in x:
         torch.testing.assert_close(x[key], y[key], atol=1e-5, rtol=1e-5)

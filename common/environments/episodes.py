@@ -18,9 +18,9 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
+import transformers
 from jinja2 import TemplateError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.rollout import Memory, Rollout, Sampling, assemble, encode, seed_of, to_device
@@ -207,7 +207,7 @@ def checked_step(environment: Any, text: str) -> Step:
 
 
 @lru_cache(2**14)
-def reply(tokenizer: PreTrainedTokenizerBase, observation: str, role: str, last: str) -> tuple[int, ...]:
+def reply(tokenizer: "transformers.PreTrainedTokenizerBase", observation: str, role: str, last: str) -> tuple[int, ...]:
     """Ids of an observation and of the next turn's header, as the chat template puts them behind a turn.
 
     last: the end token that the model wrote itself, which the template would write once more.
@@ -226,7 +226,9 @@ def reply(tokenizer: PreTrainedTokenizerBase, observation: str, role: str, last:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def demonstrated(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], episodes: list[list[tuple]]) -> Rollout:
+def demonstrated(
+    tokenizer: "transformers.PreTrainedTokenizerBase", prompts: list[list[int]], episodes: list[list[tuple]]
+) -> Rollout:
     """Episodes that nobody sampled, each a list of (the model's text, the observation), as a Rollout of plain text."""
     blocks, turns = [], []
     for episode in episodes:
