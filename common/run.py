@@ -185,7 +185,7 @@ class Run:
         title = f"{self.method} on {config.task}: {config.eval_problems} held-out problems"
         table = Table("", *columns.values(), title=title)
         for name, row in ((name, row) for name, row in rows.items() if row):
-            cells = {key: f"{value:.3f}" for key, value in row.items()}
+            cells = {key: f"{row[key]:.3f}" for key in EVAL_KEYS if key in row}
             cells["eval/accuracy"] += f" ± {cells['eval/accuracy_se']}"
             table.add_row(name, *(cells.get(key, "") for key in columns))
         self.console.print(table)

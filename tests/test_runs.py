@@ -254,6 +254,14 @@ def test_terminal_shows_before_after_and_the_folder(whole):
         assert ("teacher" in said) == (method != "grpo") and "Warning" not in said
 
 
+def test_stored_results_of_the_same_settings_stand_beside(tmp_path, capsys, monkeypatch):
+    """As at the end of a default run, which is too long for a test: here the defaults themselves are small."""
+    for name in ("steps", "prompts_per_step", "group_size", "eval_problems", "eval_samples"):
+        monkeypatch.setattr(grpo.Config, name, SMALL[name.replace("_", "-")])
+    here("grpo", tmp_path / "run")
+    assert "grpo, stored" in capsys.readouterr().out
+
+
 def test_a_teacher_of_the_same_size_is_measured_before_training(whole):
     row = lines(whole("opd"))[0]
     assert {f"teacher/{key}" for key in EVAL} <= row.keys()
