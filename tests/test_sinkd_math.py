@@ -496,6 +496,13 @@ def test_softened_without_effect(top):
     same(ours[1], teacher / 2)
 
 
+@pytest.mark.parametrize("top", [0, 2])
+def test_softened_lets_no_gradient_to_the_teacher(top):
+    student, teacher = (x.requires_grad_() for x in pair())
+    ours, theirs = softened(student, teacher, 2.0, top)
+    assert ours.requires_grad and not theirs.requires_grad
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_rest_of_one_token_changes_nothing_but_the_order(name):
     (student, teacher), config = pair(5, 6), Config(divergence=name)
@@ -551,6 +558,16 @@ def test_objective_has_the_weights_and_names_of_the_sheet(name, combine):
         values = {"sinkhorn": sharp(costs(p, q)), "sinkhorn_sample": (p - q).abs().sum()}
         assert parts[third][0] == (0.01 if "sinkhorn" in name else 0.3)
         same(parts[third][1], values[name] if name in values else reference_divergence(name, p, q))
+
+
+@pytest.mark.parametrize("name", ["sinkhorn", "kl", "tv"])
+def test_objective_cuts_the_third_term_only(name):
+    """Eq. 2 keeps every token."""
+    student, teacher = pair(5, 9)
+    parts = terms(student, teacher, LABELS, t=1.5, top=2, divergence=name)
+    same(parts["kd"][1], soft(student, teacher, 1.5))
+    same(parts[name][1], third_term(*softened(student, teacher, 2.0, 2), Config(divergence=name)))
+    assert (parts[name][1] - terms(student, teacher, LABELS, t=1.5, divergence=name)[name][1]).abs() > 1e-3
 
 
 def test_defaults_are_those_of_the_sheet():
@@ -689,6 +706,16 @@ def test_mlot_equals_the_loops(ours, theirs, faithful, widths, top):
     assert [*parts] == ["mlot_h", "mlot_k", "mlot_q"]
     for value, expected in zip(parts.values(), mlot_reference(xs, ys, top, faithful), strict=True):
         same(value, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("faithful", [False, True])
+def test_rows_of_the_steps_are_the_teachers(faithful):
+    """After one round only the columns, the student's steps, have their mass."""
+    (xs, student, a), (ys, teacher, b) = ragged([3, 5], 7, 0), ragged([4, 2], 5, 500)
+    config = Config(mode="mlot", mlot_top=4, mlot_faithful=faithful, iters=1, eps=0.02)
+    value = values_of(mlot_parts(student, teacher, a, b, config))["mlot_q"]
+    same(value, mlot_reference(xs, ys, 4, faithful, 0.02, 1)[2])
+    assert (value - mlot_reference(ys, xs, 4, faithful, 0.02, 1)[2]).abs() > 1e-9
 
 
 @pytest.mark.parametrize("faithful", [False, True])
