@@ -89,7 +89,7 @@ class Config:
     kind: Literal["auto", "classify", "seq2seq", "causal"] = "auto"  # of model; auto = by what its config names
     mode: Literal["batch", "uld", "mlot"] = "batch"  # Eq. 7, 8 or 9
     max_length: int = 128  # tokens: of a text; of prompt and answer together (causal); of each (seq2seq)
-    alpha: float = 0.8  # weight of Eq. 2 (0.8 to 1 by task)
+    alpha: float = 0.8  # weight of Eq. 2 (BERT: 0.8 to 1 by task; T0: 0.1)
     combine: Literal["convex", "added"] = "convex"  # added: Eq. 7 with CE's weight 1, as for T0
     kd_temperature: float = 3.0  # T of Eq. 2 (released default: 2; 1 to 4 by task)
     anneal: bool = False  # Eq. 3
@@ -104,7 +104,7 @@ class Config:
     sink_form: Literal["stable", "official"] = "stable"  # log domain, or Eq. 5 as it stands
     sink_grad: Literal["unroll", "plan", "implicit"] = "unroll"  # dS/dC through all iterations, P, or at convergence
     debias: bool = False  # S(s, t) - S(s, s)/2 - S(t, t)/2 instead of Eq. 6
-    rows: int = 128  # language models: at most so many answer tokens a batch, drawn anew each step; 0 = all
+    rows: int = 128  # language models: answer tokens a batch at most, in all terms, drawn anew each step; 0 = all
     vocab_top: int = 64  # language models: third term over the teacher's heaviest tokens and one rest; 0 = all tokens
     transport_weight: float = 1.5  # of uld and mlot
     mlot_top: int = 50  # tokens that Eq. 9 looks at, of each model its heaviest in the batch
@@ -145,7 +145,7 @@ def sinkhorn_loss(student: Tensor, teacher: Tensor, config) -> tuple[Tensor, Ten
     cost = pairwise_cost(student, teacher, metric)
     value, plan = transport(cost, config)
     if config.debias:
-        own, theirs = pairwise_cost(student, student, metric), pairwise_cost(teacher, teacher, metric)
+        own, theirs = pairwise_cost(student, student, metric), pairwise_cost(teacher.detach(), teacher, metric)
         own = own + own.T - own.detach()  # the same numbers, but with a gradient for both sides
         value = value - transport(own, config)[0] / 2 - transport(theirs, config)[0] / 2
     return value / (len(student) if config.sink_reduction == "mean" else 1), plan
