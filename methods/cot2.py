@@ -35,7 +35,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import cli, require, require_no_idle
 from posttrain.common.families.traces import ARROW, EOS, Traces, make_model
 from posttrain.common.models import autocast, prepare
 from posttrain.common.rollout import seed_of
@@ -206,25 +206,26 @@ def think(model: nn.Module, prompts: Tensor, steps: int, thought: Callable[[Tens
     return torch.stack(logits, 1), torch.stack(thoughts, 1) if thoughts else prompts.new_zeros(len(prompts), 0, 1)
 
 
-IDLE = {"feed": "csft", "budget": "csft", "keep_every": "discrete", "temperature": "grpo discrete"}
-IDLE |= {"discrete_loss": "discrete none", "eval_draws": "grpo discrete", "dropout": "csft discrete none"}
-GRPO = "sampling k gamma dirichlet_floor normalise_sampling clip beta kl_answer_detached epochs grpo_dropout group_size"
-IDLE |= dict.fromkeys(GRPO.split(), "grpo")  # flag -> the modes in which it acts
-
-
 def check(config: Config) -> None:
     trained = "--mode grpo goes on from a trained model: run --mode csft or discrete --out F, then give --model F/model"
     require(config.mode != "grpo" or config.model != "scratch", trained)
     require(config.group_size > 1, "a group's mean is the baseline: --group-size must be at least 2")
     bounded = config.temperature >= 1e-4 and config.clip < 1 and config.dropout < 1
     require(bounded, "--temperature must be at least 0.0001, --clip and --dropout below 1")
-    idle = [flag for flag, modes in IDLE.items() if config.mode not in modes.split()]
-    idle += ["gamma", "dirichlet_floor"] if config.sampling == "mts" else ["k", "normalise_sampling"]
-    idle += ["width", "layers", "heads", "dropout"] if config.model != "scratch" else []
-    idle += [] if config.beta else ["kl_answer_detached"]
-    idle += [] if config.epochs > 1 or config.grpo_dropout else ["clip"]
-    given = [flag.replace("_", "-") for flag in dict.fromkeys(idle) if getattr(config, flag) != getattr(Config, flag)]
-    require(not given, f"--{' --'.join(given)} has nothing to act on beside these flags; leave it out")
+    grpo, scratch, mts = config.mode == "grpo", config.model == "scratch", config.sampling == "mts"
+    acts = {
+        "feed budget": (config.mode == "csft", "--mode csft"),
+        "keep_every": (config.mode == "discrete", "--mode discrete"),
+        "discrete_loss": (config.mode in ("discrete", "none"), "--mode discrete or none"),
+        "temperature eval_draws": (config.mode in ("discrete", "grpo"), "--mode discrete or grpo"),
+        "sampling group_size beta epochs grpo_dropout": (grpo, "--mode grpo"),
+        "k normalise_sampling": (grpo and mts, "--mode grpo and --sampling mts"),
+        "gamma dirichlet_floor": (grpo and not mts, "--mode grpo and --sampling dirichlet"),
+        "kl_answer_detached": (grpo and config.beta, "--mode grpo and --beta"),
+        "clip": (grpo and (config.epochs > 1 or config.grpo_dropout), "--mode grpo and --epochs or --grpo-dropout"),
+        "width layers heads dropout": (scratch, "--model scratch"),
+    }
+    require_no_idle(config, acts)
 
 
 def main(config: Config) -> None:

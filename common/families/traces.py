@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from posttrain.common.cli import require
 from posttrain.common.models import load_model
+from posttrain.common.run import sample_rows
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "->")
 PAD, BOS, EOS, ARROW = range(4)
@@ -41,7 +42,7 @@ class Traces:
         prompts [N, n], alpha [N, steps, V], answers [N]
         """
         chance, rows = alpha[:, -1].gather(1, answers[:, None])[:, 0], []
-        for kind, i in {"best": chance.argmax(), "worst": chance.argmin(), "other": step * 7919 % len(chance)}.items():
+        for kind, i in sample_rows(chance, step).items():
             steps = []
             for weights, ids in zip(*(x.tolist() for x in alpha[i].topk(min(4, alpha.shape[-1]))), strict=True):
                 heard = zip(weights, ids, strict=True)
