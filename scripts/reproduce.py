@@ -221,6 +221,8 @@ def run(config: Config, arm: str, seed: int) -> Path:
     folder = Path(config.folder) / f"{arm}-{seed}"
     if not (folder / "summary.json").exists():
         script, *flags = (part.format(folder=config.folder, seed=seed) for part in STUDIES[config.study][arm])
+        missing = [part for part in flags if part.startswith(f"{config.folder}/") and not Path(part).exists()]
+        require(not missing, f"{arm} goes on from {missing[:1]}: run the study that makes it with as many seeds first")
         flags += ["--seed", str(seed), "--eval-every", str(config.eval_every), "--out", str(folder)]
         flags += ["--resume"] if (folder / "config.json").exists() else []
         done = subprocess.run([sys.executable, str(METHODS / script), *flags], capture_output=True, text=True)
