@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -1257,6 +1258,13 @@ def test_the_first_rollouts_are_on_policy_and_later_epochs_or_dropout_are_not(st
     assert all((base[name] - saved[name]).abs().max() < 1e-6 for name in base)
 
 
+def test_kl_old_is_how_much_less_likely_the_rollouts_have_become(start, tmp_path, monkeypatch):
+    seen, plain = [], cot2.log_ratios
+    monkeypatch.setattr(cot2, "log_ratios", lambda *given: seen.append(plain(*given)) or seen[-1])
+    rows = lines(run(tmp_path / "run", mode="grpo", model=start("discrete"), lr=1e-2, epochs=3, steps=1))
+    assert rows[1]["policy/kl_old"] == pytest.approx(-seen[2].mean().item(), rel=1e-6) and abs(seen[2].mean()) > 1e-4
+
+
 def test_grpo_refuses_a_model_that_was_taught_fewer_steps(start, tmp_path):
     with pytest.raises(UserError, match="taught 2 of 3 steps"):
         run(tmp_path / "kept", mode="grpo", model=start("discrete", keep_every=2))
@@ -1359,6 +1367,21 @@ def test_a_body_with_another_vocabulary_trains_and_is_stored_with_the_symbols(sm
     old, new = lines(out)[-1], lines(again)[0]
     assert all(old[key] == pytest.approx(new[key], abs=1e-6) for key in new if key != "step")
     run(tmp_path / "grpo", mode="grpo", model=str(out / "model"), steps=2)
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_body_keeps_nothing_of_its_own_vocabulary(small, tmp_path, kind):
+    """Rows that meant other symbols are drawn anew, with one spread; and the row of a former padding learns, too."""
+    foreign = body(kind)
+    for table in {foreign.get_input_embeddings(), foreign.get_output_embeddings()}:
+        nn.init.constant_(table.weight, 3.0)
+    foreign.config.pad_token_id = foreign.generation_config.pad_token_id = 7
+    foreign.save_pretrained(tmp_path / "body")
+    model = make_model(Config(model=str(tmp_path / "body"), task=TASK), small, CPU)
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert table.weight.std().item() == pytest.approx(0.02, rel=0.2) and table.weight.abs().max() < 0.2
+    cot2.embeddings(model).sum().backward()
+    assert (model.get_input_embeddings().weight.grad != 0).all()
 
 
 @pytest.mark.parametrize("kind", BODIES)

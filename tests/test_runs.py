@@ -260,6 +260,8 @@ def test_stored_results_of_the_same_settings_stand_beside(tmp_path, capsys, monk
         monkeypatch.setattr(grpo.Config, name, SMALL[name.replace("_", "-")])
     here("grpo", tmp_path / "run")
     assert "grpo, stored" in capsys.readouterr().out
+    here("grpo", tmp_path / "other", **{"group-size": 2})
+    assert "grpo, stored" not in capsys.readouterr().out
 
 
 def test_a_teacher_of_the_same_size_is_measured_before_training(whole):

@@ -142,6 +142,8 @@ def test_digits_hold_out_600_and_draw_four_labels_in_ten_anew():
     assert torch.equal(clean.splits["train"][0], table.splits["train"][0])
     changed = (clean.splits["train"][1] != table.splits["train"][1]).sum().item()
     assert 190 < changed < 240 and changed == pytest.approx(600 * 0.4 * 0.9, abs=25)  # one in ten is drawn as it was
+    drawn = digits.Digits("digits:noise=1", 3, noise=1.0).splits["train"][1]
+    assert all(30 < count < 95 for count in drawn.bincount(minlength=10).tolist())  # 60 of each, uniformly
     rows = {tuple(row) for row in table.splits["train"][0].tolist()}
     assert not rows & {tuple(row) for row in x[:600].tolist()}
 
