@@ -295,7 +295,6 @@ def main(config: Config) -> None:
             metrics |= {"train/zero_signal": (advantages == 0).all(1).double().mean().item()}
             if config.beta:
                 ref_logits = score(reference, prompts[rows], drawn)
-        target = soft_targets(paths[rows], config.budget, len(task.vocabulary))  # [B, m, V]
         clock.append(time.perf_counter())
 
         # --- update
@@ -304,6 +303,7 @@ def main(config: Config) -> None:
         for _ in range(config.epochs):
             table = embeddings(model)
             if mode == "csft":
+                target = soft_targets(paths[rows], config.budget, len(task.vocabulary))  # [B, m, V]
                 inputs = table[prompts[rows]]  # [B, n, d], and a thought more after each step
                 for t in range(m - 1):
                     own = config.feed == "self"
