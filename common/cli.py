@@ -7,9 +7,30 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
 
 import tyro
+
+
+@dataclass(frozen=True)
+class System:
+    """Of machines: they change speed and memory, not what is learnt."""
+
+    shard: Literal["none", "fsdp"] = "none"  # under torchrun: a whole copy in each process, or FSDP2's shards
+    cpu_offload: bool = False  # with --shard fsdp: weights, gradients and optimizer state wait in CPU memory
+    checkpointing: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+    dry_run: bool = False  # print the memory that these flags will take on --processes, and stop
+    processes: int = 1  # of --dry-run; a run takes their number from torchrun
+
+
+@dataclass(frozen=True)
+class Engines(System):
+    """Of machines and engines: they change speed and memory, not what is learnt."""
+
+    vllm_memory: float = 0.4  # share of a GPU for --rollout vllm: its weights and key-value cache
+    vllm_sleep: bool = False  # --rollout vllm: give that memory to the trainer between rollouts
+    teacher_cache: str = ""  # folder that keeps what a teacher on a server (--teacher http://...) said, by content
 
 
 class UserError(Exception):
@@ -36,6 +57,7 @@ POSITIVE = {"lr", "steps", "prompts_per_step", "max_new_tokens", "micro_batch_to
 POSITIVE |= {"max_grad_norm", "group_size", "minibatches", "epochs", "top_k", "repeats", "problems", "samples"}
 POSITIVE |= {"max_turns", "bank_size", "summary_tokens", "critique_tokens", "kd_temperature", "iters", "max_length"}
 POSITIVE |= {"mlot_top", "tau", "eps", "k", "gamma", "keep_every", "eval_draws", "width", "layers", "heads"}
+POSITIVE |= {"vllm_memory", "processes"}
 ANY = {"margin_delta", "balance_ratio"}  # negative or infinite values have a meaning
 
 
@@ -47,7 +69,7 @@ def require_no_idle(config: Any, acts: dict[str, tuple[Any, str]]) -> None:
 
 
 def check_ranges(config: Any) -> None:
-    for flag, value in vars(config).items():
+    for flag, value in (vars(config) | vars(getattr(config, "system", config))).items():
         if type(value) in (int, float) and flag not in ANY:
             least = sys.float_info.min if flag in POSITIVE else 0
             most = 2**32 if flag == "seed" else math.inf
@@ -60,9 +82,11 @@ def parse(config_class: type, presets: dict[str, dict[str, Any]]) -> Any:
     boxes, about = io.StringIO(), sys.modules[config_class.__module__].__doc__
     try:
         with contextlib.redirect_stderr(boxes):
-            config = tyro.cli(config_class, description=about)
+            flat = (tyro.conf.OmitArgPrefixes,)  # --shard, not --system.shard
+            config = tyro.cli(config_class, description=about, config=flat)
             if presets:
-                config = tyro.cli(config_class, default=dataclasses.replace(config_class(), **presets[config.preset]))
+                default = dataclasses.replace(config_class(), **presets[config.preset])
+                config = tyro.cli(config_class, default=default, config=flat)
         return config
     except SystemExit as stop:
         if stop.code in (0, None):  # --help

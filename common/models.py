@@ -63,6 +63,11 @@ def load_model(
     """
     mixed = train and dtype == "bfloat16"
     options = {"dtype": torch.float32 if mixed else getattr(torch, dtype), "output_loading_info": True, **fresh}
+    if name.startswith(("http://", "https://")):
+        from posttrain.common.engines.server import ServerModel
+
+        require(not train, f"{name!r} is on a server and cannot train here: give --model a folder or hub name")
+        return ServerModel(name, device)
     model, found = from_pretrained(kind or transformers.AutoModelForCausalLM, name, **options)
     lacks = f"{name!r} lacks weights of a {type(model).__name__}: {', '.join(sorted(found['missing_keys'])[:3])}"
     require(fresh or not found["missing_keys"], f"{lacks}; choose a model with this head")
@@ -74,6 +79,7 @@ def load_model(
         lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type=task)
         model = get_peft_model(model, lora).eval()
     model.autocast_dtype = torch.bfloat16 if mixed else None
+    model.weights_version = 0  # raised with every change, so that an engine with a copy of its own knows
     return model
 
 

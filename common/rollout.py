@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,18 +165,32 @@ class Memory:
     mask: Tensor | None = None  # [R, S] int64, 1 on slots that hold a token of their row
 
     def keep(self, rows: list[int]) -> None:
+        if self.cache is None:
+            return
         index = torch.tensor(rows, device=self.mask.device)
         self.cache.batch_select_indices(index)
         self.mask = self.mask[index]
 
 
-class HFEngine:
-    """Samples with the trainer's own model through transformers: works everywhere, never has stale weights."""
+class Engine:
+    """A sampler. Engines differ in complete() and refresh() alone."""
 
     def __init__(self, model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", batch_tokens: int = 2**16):
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = stop_ids(model, tokenizer)
         self.batch_tokens = batch_tokens  # rows x tokens whose key-value cache may exist at one time
+
+    def refresh(self) -> None:
+        """Before a batch: take over the weights that the model has now."""
+
+    def complete(self, contexts: list, u: Tensor, sampling: Sampling, stops=(), limits=(), memory=None) -> tuple:
+        """What the model writes behind R lists of ids, up to the first stop token.  -> R lists of ids, of log-probs
+
+        u [R, L] in [0, 1): the noise that decides each token, or of which an engine makes its seeds. stops: texts that
+        end a row too. limits: most tokens of each row, L without. memory: filled here, for a later call whose contexts
+        go on from these and what they became; an engine with a cache of its own leaves it empty.
+        """
+        raise NotImplementedError
 
     def fit(self, prompts: list[list[int]], max_new_tokens: int) -> int:
         """The longest row's number of tokens, which must not exceed the model's positions."""
@@ -187,6 +202,7 @@ class HFEngine:
 
     def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple, starts: list = ()) -> Rollout:
         """n responses to each example, or to its ids in starts; reproducible in key, for example (seed, step)."""
+        self.refresh()
         prompts = list(starts) or [encode(self.tokenizer, example.prompt) for example in examples]
         per_batch = max(1, self.batch_tokens // (n * self.fit(prompts, sampling.max_new_tokens)))
         noise = torch.Generator().manual_seed(seed_of(*key))
@@ -203,13 +219,12 @@ class HFEngine:
         rest["texts"] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return to_device(assemble(prompts, ids, self.tokenizer.pad_token_id, **rest), plain(self.model).device)
 
+
+class HFEngine(Engine):
+    """Samples with the trainer's own model through transformers: works everywhere, never has stale weights."""
+
     @torch.no_grad()
     def complete(self, contexts: list, u: Tensor, sampling: Sampling, stops=(), limits=(), memory=None) -> tuple:
-        """What the model writes behind R lists of ids, up to the first stop token.  -> R lists of ids, of log-probs
-
-        u [R, L] in [0, 1): the noise that decides each token. stops: texts that end a row too. limits: most tokens of
-        each row, L without. memory: filled here, for a later call whose contexts go on from these and what they became.
-        """
         model, device = plain(self.model), plain(self.model).device
         u, limits = u.to(device), torch.tensor(limits or [u.shape[1]] * len(u), device=device)
         ends = torch.tensor(self.stop_ids, device=device)
@@ -270,4 +285,18 @@ class HFEngine:
         return ids, logps
 
 
-ENGINES = {"hf": HFEngine}  # the samplers behind --rollout
+def make_engine(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", config: Any = None) -> Engine:
+    """The engine of --rollout for the policy; without config, of a frozen model where it is."""
+    urls = getattr(model, "urls", "")  # a model behind servers
+    kind = urls or (config.rollout if config else "hf")
+    if kind == "hf":
+        return HFEngine(model, tokenizer)
+    if kind == "vllm":
+        from posttrain.common.engines.local import VLLMEngine
+
+        return VLLMEngine(model, tokenizer, config)
+    known = "give hf, vllm, or the addresses of vLLM servers, such as http://localhost:8000,http://localhost:8001"
+    require(all(url.startswith(("http://", "https://")) for url in kind.split(",")), f"--rollout {kind!r}: {known}")
+    from posttrain.common.engines.server import ServerEngine
+
+    return ServerEngine(model, tokenizer, kind, push=not urls)

@@ -31,7 +31,7 @@ from posttrain.common.training import evaluate
 
 RESULTS = Path(__file__).resolve().parents[1] / "scripts" / "results"  # written by scripts/reproduce.py
 EVAL_KEYS = ("eval/accuracy", "eval/accuracy_se", "eval/pass_at_k", "eval/greedy")
-FREE_ON_RESUME = {"resume", "out", "wandb", "save_every", "steps"}
+FREE_ON_RESUME = {"resume", "out", "wandb", "save_every", "steps", "system"}
 PACKAGES = ("torch", "transformers", "datasets", "reasoning-gym", "math-verify", "peft", "wandb")
 
 

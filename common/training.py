@@ -20,7 +20,7 @@ class Optimizer:
     """AdamW over the trainable weights, a learning rate by training step, clipping, and a skip of non-finite steps."""
 
     def __init__(self, model: nn.Module, config: Any):
-        self.config, self.skipped = config, 0
+        self.model, self.config, self.skipped = model, config, 0
         self.weights = [p for p in model.parameters() if p.requires_grad]
         decay = config.weight_decay
         self.adamw = torch.optim.AdamW(self.weights, config.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
@@ -39,6 +39,7 @@ class Optimizer:
         norm = nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm).item()
         if math.isfinite(norm):
             self.adamw.step()
+            self.model.weights_version = getattr(self.model, "weights_version", 0) + 1
         else:
             self.skipped += 1
         self.adamw.zero_grad(set_to_none=True)

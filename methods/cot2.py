@@ -35,7 +35,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from posttrain.common.cli import cli, require, require_no_idle
+from posttrain.common.cli import System, cli, require, require_no_idle
 from posttrain.common.families.traces import ARROW, EOS, Traces, make_model
 from posttrain.common.models import autocast, prepare
 from posttrain.common.rollout import seed_of
@@ -70,6 +70,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: System = System()  # flags about machines and engines: common/cli.py
     # --- this method
     preset: Literal[tuple(PRESETS)] = "none"  # the paper's CSFT, or GRPO at this size; explicit flags win
     mode: Literal["csft", "grpo", "discrete", "none"] = "csft"  # Eq. 3, Eq. 7 (begin with --preset grpo), or a baseline

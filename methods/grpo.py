@@ -25,9 +25,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import Engines, cli, require
 from posttrain.common.models import load_model, load_tokenizer, prepare
-from posttrain.common.rollout import ENGINES, Sampling, concat, seed_of
+from posttrain.common.rollout import Sampling, concat, make_engine, seed_of
 from posttrain.common.run import Run
 from posttrain.common.scoring import micro_batches, score, token_logps
 from posttrain.common.tasks import grade_all, make_reward, make_task
@@ -64,7 +64,7 @@ class Config:
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's
     seed: int = 0  # feeds initialisation, data order and sampling
-    rollout: Literal["hf"] = "hf"  # sampling engine
+    rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
     threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
@@ -77,6 +77,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: Engines = Engines()  # flags about machines and engines: common/cli.py
     # --- this method
     preset: Literal[tuple(PRESETS)] = "none"  # the flags of one publication, see PRESETS; explicit flags win
     adv: Literal["group_std", "center", "batch_std", "rloo"] = "group_std"  # Eq. 1
@@ -243,7 +244,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     reference = load_model(config.model, device, config.dtype).requires_grad_(False) if config.beta else None
-    engine = ENGINES[config.rollout](policy, tokenizer)
+    engine = make_engine(policy, tokenizer, config)
     optimizer = Optimizer(policy, config)
     run = Run(config, "grpo")
     state = {"ent_coef": config.ent_coef, "entropy": 0.0}

@@ -34,9 +34,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.common.cli import UserError, cli, require
+from posttrain.common.cli import Engines, UserError, cli, require
 from posttrain.common.models import load_model, load_tokenizer, prepare, shared_vocabulary
-from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts, written
+from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, seed_of, under_prompts, written
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, score, token_logps
 from posttrain.common.tasks import Example, Task, grade_all, make_reward, make_task
@@ -65,7 +65,7 @@ class Config:
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's
     seed: int = 0  # feeds initialisation, data order and sampling
-    rollout: Literal["hf"] = "hf"  # sampling engine
+    rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
     threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
@@ -78,6 +78,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: Engines = Engines()  # flags about machines and engines: common/cli.py
     # --- this method
     est: Literal["full", "topk", "k1_pg", "k2", "k3", "k3_k2"] = "full"  # Eq. 1-5 (blog: k1_pg); k3_k2: see sampled_kl
     kl_coef: float = 1.0  # c
@@ -238,8 +239,8 @@ def main(config: Config) -> None:
     # A teacher that averages the student's weights keeps them in the student's precision.
     teacher = policy if live else load_model(teacher_name, device, config.dtype, train=itself).requires_grad_(False)
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
-    engine = ENGINES[config.rollout](policy, tokenizer)
-    teacher_engine = HFEngine(teacher, teacher_tokenizer)
+    engine = make_engine(policy, tokenizer, config)
+    teacher_engine = make_engine(teacher, teacher_tokenizer)
     require(config.top_k <= vocab_size, f"--top-k {config.top_k} exceeds the vocabulary of {vocab_size} tokens")
     same_end = engine.stop_ids == teacher_engine.stop_ids
     require(same_end or config.mask_eos, "student and teacher end with different tokens: --mask-eos leaves them out")

@@ -35,10 +35,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import Engines, cli, require
 from posttrain.common.environments.hints import hint_texts
 from posttrain.common.models import load_model, load_tokenizer, plain, prepare
-from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, under_prompts
+from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, under_prompts
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, token_logps
 from posttrain.common.tasks import CORRECT, Example, grade_all, make_reward, make_task
@@ -76,7 +76,7 @@ class Config:
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's
     seed: int = 0  # feeds initialisation, data order and sampling
-    rollout: Literal["hf"] = "hf"  # sampling engine
+    rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
     threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
@@ -89,6 +89,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: Engines = Engines()  # flags about machines and engines: common/cli.py
     # --- this method
     preset: Literal[tuple(PRESETS)] = "none"  # flags of a neighbour or a publication, see PRESETS; explicit flags win
     algorithm: Literal["pi", "opsd"] = "pi"  # who writes: the teacher (Eq. 1-5) or the student (Eq. 6)
@@ -220,7 +221,7 @@ def main(config: Config) -> None:
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     pi, own = config.algorithm == "pi", (config.opsd_teacher != "current", config.reference == "base")
     teacher, base = (load_model(config.model, device, config.dtype).requires_grad_(False) if x else policy for x in own)
-    engine, teacher_engine = ENGINES[config.rollout](policy, tokenizer), HFEngine(teacher, tokenizer)
+    engine, teacher_engine = make_engine(policy, tokenizer, config), make_engine(teacher, tokenizer)
     optimizer = Optimizer(policy, config)
     run = Run(config, "pi_distill")
     parts = {"policy": policy, "optimizer": optimizer} | ({"teacher": teacher} if config.opsd_teacher == "ema" else {})

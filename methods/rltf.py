@@ -33,15 +33,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.common.cli import UserError, cli, require
+from posttrain.common.cli import Engines, UserError, cli, require
 from posttrain.common.environments.critics import BLANK, ask, criticise, is_model, tells
 from posttrain.common.models import load_model, load_tokenizer, plain, prepare
 from posttrain.common.rollout import (
-    ENGINES,
     Rollout,
     Sampling,
     concat,
     encode,
+    make_engine,
     seed_of,
     to_device,
     under_prompts,
@@ -77,7 +77,7 @@ class Config:
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's
     seed: int = 0  # feeds initialisation, data order and sampling
-    rollout: Literal["hf"] = "hf"  # sampling engine
+    rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
     threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
@@ -90,6 +90,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: Engines = Engines()  # flags about machines and engines: common/cli.py
     # --- this method
     mode: Literal["sd", "fm", "both", "sft", "none", "single"] = "sd"  # Eq. 5; sft: Eq. 3 on right second tries alone
     critic: str = "task"  # task (its own), correctness, column:NAME, self (the policy), or a model; also of evaluations
@@ -201,11 +202,11 @@ def main(config: Config) -> None:
     reward = make_reward(config.reward, task)
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
-    engine = ENGINES[config.rollout](policy, tokenizer)
+    engine = make_engine(policy, tokenizer, config)
     writer = engine if config.critic == "self" else None
     if is_model(config.critic, task):
         critic_model = load_model(config.critic, device, config.dtype, train=False)
-        writer = ENGINES["hf"](critic_model, load_tokenizer(config.critic))
+        writer = make_engine(critic_model, load_tokenizer(config.critic))
     optimizer = Optimizer(policy, config)
     run = Run(config, "rltf")
     state = {"tokens": 0}  # sampled so far

@@ -37,9 +37,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import Engines, cli, require
 from posttrain.common.models import load_model, load_tokenizer, prepare, shared_vocabulary
-from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, under_prompts
+from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, under_prompts
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, score, token_logps
 from posttrain.common.tasks import CORRECT, Task, grade_all, make_reward, make_task
@@ -70,7 +70,7 @@ class Config:
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's (paper: 0.01)
     seed: int = 0  # feeds initialisation, data order and sampling
-    rollout: Literal["hf"] = "hf"  # sampling engine
+    rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
     threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
@@ -83,6 +83,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: Engines = Engines()  # flags about machines and engines: common/cli.py
     # --- this method
     objective: Literal["paper", "repo"] = "paper"  # Eq. 3-5 or Eq. 6
     routing: Literal["correctness", "none"] = "correctness"  # none = OPD on every row with weight 1, the baseline
@@ -260,8 +261,8 @@ def main(config: Config) -> None:
     teacher_tokenizer = load_tokenizer(config.teacher)
     teacher = load_model(config.teacher, device, config.dtype, train=False)
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
-    engine = ENGINES[config.rollout](policy, tokenizer)
-    teacher_engine = HFEngine(teacher, teacher_tokenizer)
+    engine = make_engine(policy, tokenizer, config)
+    teacher_engine = make_engine(teacher, teacher_tokenizer)
     require(config.top_k <= vocab_size, f"--top-k {config.top_k} exceeds the vocabulary of {vocab_size} tokens")
     same_end = engine.stop_ids == teacher_engine.stop_ids
     require(same_end or config.mask_eos, "student and teacher end with different tokens: --mask-eos leaves them out")

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from posttrain.common.cli import cli, require, require_no_idle
+from posttrain.common.cli import System, cli, require, require_no_idle
 from posttrain.common.labelled.batches import logits_of
 from posttrain.common.labelled.models import kind_of, load_all
 from posttrain.common.models import prepare
@@ -84,6 +84,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: System = System()  # flags about machines and engines: common/cli.py
     # --- this method
     preset: Literal[tuple(PRESETS)] = "none"  # the flags of one released script, see PRESETS; explicit flags win
     kind: Literal["auto", "classify", "seq2seq", "causal"] = "auto"  # of model; auto = by what its config names

@@ -33,12 +33,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import Engines, cli, require
 from posttrain.common.environments.episodes import Episodes
 from posttrain.common.environments.summaries import best_rows, fit_skill, room, skill_text, summarise, with_skill
 from posttrain.common.environments.tools import Form, make_environment
 from posttrain.common.models import load_model, load_tokenizer, prepare
-from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts
+from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, seed_of, under_prompts
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, score, score_within, token_logps
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task, text_of
@@ -70,7 +70,7 @@ class Config:
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's
     seed: int = 0  # feeds initialisation, data order and sampling
-    rollout: Literal["hf"] = "hf"  # sampling engine
+    rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
     threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
@@ -83,6 +83,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: Engines = Engines()  # flags about machines and engines: common/cli.py
     # --- this method
     preset: Literal[tuple(PRESETS)] = "none"  # paper's own flags, or the naive sum of both losses; explicit flags win
     environment: str = "task"  # the task's own, calculator or python (a tool for any task), or path/to/file.py:Class
@@ -186,12 +187,12 @@ def main(config: Config) -> None:
     load = partial(load_model, config.model, device, config.dtype)
     policy = load(config.lora_rank)
     teacher = policy if config.teacher_sync == "live" else load().requires_grad_(False)
-    engine = Episodes(ENGINES[config.rollout](policy, tokenizer), make, config.max_turns, config.max_seconds)
-    teacher_engine = Episodes(HFEngine(teacher, tokenizer), make, config.max_turns, config.max_seconds)
+    engine = Episodes(make_engine(policy, tokenizer, config), make, config.max_turns, config.max_seconds)
+    teacher_engine = Episodes(make_engine(teacher, tokenizer), make, config.max_turns, config.max_seconds)
     writer = engine.engine if config.summarizer == "self" else None
     if config.summarizer not in ("rules", "self"):
         other = load_model(config.summarizer, device, config.dtype, train=False)
-        writer = HFEngine(other, load_tokenizer(config.summarizer))
+        writer = make_engine(other, load_tokenizer(config.summarizer))
     require(writer or hasattr(task, "summarise"), f"task {config.task!r} has no rules of its own: --summarizer self")
     optimizer, run = Optimizer(policy, config), Run(config, "skill_sd")
     state = {"bank": {}, "solved": {}, "chosen": 0}  # a task's skills, oldest first; the step that first solved it

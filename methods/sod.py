@@ -33,11 +33,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import Engines, cli, require
 from posttrain.common.environments.episodes import Episodes
 from posttrain.common.environments.tools import Form, make_environment
 from posttrain.common.models import load_model, load_tokenizer, prepare, shared_vocabulary
-from posttrain.common.rollout import ENGINES, HFEngine, Rollout, Sampling, encode, seed_of, under_prompts
+from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, seed_of, under_prompts
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, micro_batches, score, token_logps
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task
@@ -63,7 +63,7 @@ class Config:
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's (paper: 0.01)
     seed: int = 0  # feeds initialisation, data order and sampling
-    rollout: Literal["hf"] = "hf"  # sampling engine
+    rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
     threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
@@ -76,6 +76,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: Engines = Engines()  # flags about machines and engines: common/cli.py
     # --- this method
     environment: str = "task"  # the task's own, calculator or python (a tool for any task), or path/to/file.py:Class
     tool_format: Form = "hermes"  # of the tool calls of a chat model: <tool_call> tags, or a bare JSON object
@@ -230,7 +231,7 @@ def main(config: Config) -> None:
     )
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
     environment = make_environment(config.environment, task, config.tool_format)
-    engine = Episodes(ENGINES[config.rollout](policy, tokenizer), environment, config.max_turns, config.max_seconds)
+    engine = Episodes(make_engine(policy, tokenizer, config), environment, config.max_turns, config.max_seconds)
     optimizer = Optimizer(policy, config)
     run = Run(config, "sod")
     parts = {"policy": policy, "optimizer": optimizer}
@@ -238,7 +239,7 @@ def main(config: Config) -> None:
     done = run.restore(**parts)
     if not done:
         teacher_engine = Episodes(
-            HFEngine(teacher, teacher_tokenizer), environment, config.max_turns, config.max_seconds
+            make_engine(teacher, teacher_tokenizer), environment, config.max_turns, config.max_seconds
         )
         goal, start = run.evaluate(0, teacher_engine, task, "teacher"), run.evaluate(0, engine, task)
         run.log(0, start | {f"teacher/{key}": value for key, value in goal.items()})

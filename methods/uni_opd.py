@@ -37,9 +37,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import Engines, cli, require
 from posttrain.common.models import load_model, load_tokenizer, prepare, shared_vocabulary
-from posttrain.common.rollout import ENGINES, HFEngine, Sampling, encode, seed_of, under_prompts
+from posttrain.common.rollout import Sampling, encode, make_engine, seed_of, under_prompts
 from posttrain.common.run import EVAL_KEYS, Run
 from posttrain.common.scoring import carry, micro_batches, score, token_logps
 from posttrain.common.tasks import CORRECT, Example, grade_all, make_reward, make_task
@@ -65,7 +65,7 @@ class Config:
     max_grad_norm: float = 1.0  # clip
     weight_decay: float = 0.0  # AdamW's (paper: 0.1)
     seed: int = 0  # feeds initialisation, data order and sampling
-    rollout: Literal["hf"] = "hf"  # sampling engine
+    rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
     threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
@@ -78,6 +78,7 @@ class Config:
     resume: bool = False  # go on with the run in --out
     out: str = ""  # run folder; empty = a fresh one under runs/
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
+    system: Engines = Engines()  # flags about machines and engines: common/cli.py
     # --- this method
     domain_column: str = "domain"  # data column that names each problem's domain
     domain_weights: str = ""  # of the loss, in the order of --teacher's domains: 2,1; empty = as the data has them
@@ -237,10 +238,10 @@ def main(config: Config) -> None:
         require(config.routing == "average" or teacher_of(example), "")  # a domain without a teacher is told now
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
-    teachers = {name: HFEngine(load_model(name, device, config.dtype, train=False), load_tokenizer(name))
+    teachers = {name: make_engine(load_model(name, device, config.dtype, train=False), load_tokenizer(name))
                 for name in dict.fromkeys(names.values())}  # fmt: skip
     vocab_size = min(shared_vocabulary(policy, tokenizer, t.model, t.tokenizer) for t in teachers.values())
-    engine = ENGINES[config.rollout](policy, tokenizer)
+    engine = make_engine(policy, tokenizer, config)
     same_end = all(engine.stop_ids == teacher.stop_ids for teacher in teachers.values())
     require(same_end, "student and teacher end with different tokens: choose models of one family and kind")
     optimizer = Optimizer(policy, config)

@@ -21,7 +21,7 @@ from posttrain.common.cli import UserError, cli, require
 from posttrain.common.environments.episodes import Episodes
 from posttrain.common.environments.tools import Form, make_environment
 from posttrain.common.models import load_model, load_tokenizer, prepare
-from posttrain.common.rollout import ENGINES, Sampling
+from posttrain.common.rollout import Sampling, make_engine
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task
 from posttrain.common.training import pass_at_k
 
@@ -42,7 +42,7 @@ class Config:
     tool_format: Form = "hermes"  # of tool calls: <tool_call> tags, or a bare JSON object
     max_turns: int = 1  # above 1: play episodes, of which --max-new-tokens bounds the whole
     seed: int = 0  # of sampling
-    rollout: Literal["hf"] = "hf"  # sampling engine
+    rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
@@ -64,7 +64,7 @@ def main(config: Config) -> None:
     task = make_task(config.task, config.prompt_column, config.answer_column)
     reward = make_reward(config.reward, task)
     tokenizer = load_tokenizer(config.model)
-    engine = ENGINES[config.rollout](load_model(config.model, device, config.dtype, train=False), tokenizer)
+    engine = make_engine(load_model(config.model, device, config.dtype, train=False), tokenizer, config)
     if config.max_turns > 1:
         engine = Episodes(engine, make_environment(config.environment, task, config.tool_format), config.max_turns)
     in_turns = f"task {config.task!r} is played in turns: give --max-turns and a larger --max-new-tokens"

@@ -530,7 +530,7 @@ class Spy:
             spy.scores.append(found[0].detach().clone())
             return found
 
-        patch.setattr(rltf, "ENGINES", {"hf": Engine})
+        patch.setattr(rltf, "make_engine", lambda model, tokenizer, config=None: Engine(model, tokenizer))
         patch.setattr(Optimizer, "step", step)
         patch.setattr(rltf, "token_logps", token_logps)
         rltf.main(Config(**{**SMALL, **given, "out": str(out)}))

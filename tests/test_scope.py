@@ -665,7 +665,7 @@ def test_a_response_without_tokens_takes_no_path(spy, tmp_path, monkeypatch):
             ids, logps = super().complete(*args)
             return [self.stop_ids[:1], *ids[1:]], [[-1.0], *logps[1:]]
 
-    monkeypatch.setitem(scope_opd.ENGINES, "hf", Mute)
+    monkeypatch.setattr(scope_opd, "make_engine", lambda *args: Mute(*args[:2]) if args[2:] else HFEngine(*args))
     for masked in (True, False):
         got = spy(tmp_path / f"{masked}", mask_eos=masked)
         assert got["rollout"].reward[0] == 0 and got["rollout"].loss_mask[0].sum() == 1

@@ -688,7 +688,7 @@ def test_lambda_0_is_the_run_of_grpo_bit_for_bit(tmp_path, monkeypatch):
     same = {"model": "sokoban-student", "task": "sokoban", "max_new_tokens": 36, "lr": 5e-4, "warmup": 0,
             "schedule": "constant", "adv_eps": 1e-6, "eps_hi": 0.28}  # fmt: skip
     play = make_task("sokoban").environment
-    monkeypatch.setattr(grpo, "ENGINES", {"hf": lambda *args: Episodes(HFEngine(*args), play, 12)})
+    monkeypatch.setattr(grpo, "make_engine", lambda *args: Episodes(HFEngine(*args[:2]), play, 12))
     grpo.main(grpo.Config(**small, **same, out=str(tmp_path / "b")))
     x, y = (load_model(str(tmp_path / name / "model"), torch.device("cpu")).state_dict() for name in "ab")
     start = load_model("sokoban-student", torch.device("cpu")).state_dict()

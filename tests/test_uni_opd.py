@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from posttrain.common.cli import UserError
-from posttrain.common.rollout import assemble
+from posttrain.common.rollout import HFEngine, assemble
 from posttrain.common.scoring import sampled_hidden, token_logps
 from posttrain.methods import grpo, opd, uni_opd
 from posttrain.methods.uni_opd import (
@@ -653,7 +653,7 @@ def test_a_group_of_one_row_is_plain_opd(taken_apart):
 
 def test_empty_responses_are_out_of_the_statistics(taken_apart, monkeypatch):
     """Nothing here samples none; a sampler of another kind may."""
-    generate = uni_opd.HFEngine.generate
+    generate = HFEngine.generate
 
     def cut(self, examples, n, sampling, key):
         rollout = generate(self, examples, n, sampling, key)
@@ -661,7 +661,7 @@ def test_empty_responses_are_out_of_the_statistics(taken_apart, monkeypatch):
             rollout.loss_mask[::8] = 0
         return rollout
 
-    monkeypatch.setattr(uni_opd.HFEngine, "generate", cut)
+    monkeypatch.setattr(HFEngine, "generate", cut)
     seen = taken_apart(online_balance="none")
     empty = seen.batch.loss_mask.sum(1) == 0
     assert empty.sum() == 12 and not seen.keep[empty].any() and math.isfinite(seen.metrics["loss/total"])
