@@ -1,18 +1,25 @@
 """Policies and teachers: any causal language model of transformers, from a folder, the hub or the tiny ones here."""
 
+import contextlib
+import copy
 import logging
 import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 import transformers.utils  # classes are imported when first named: that takes seconds, which --help need not wait
 from torch import nn
 
-from posttrain.common.cli import UserError, first_line, require
+from posttrain.common import distributed
+from posttrain.common.cli import System, UserError, first_line, require
 
 transformers.utils.is_sklearn_available = lambda: False  # assisted generation's; it would take a second of every start
 
+SYSTEM = System()  # the run's, from prepare: how load_model lays out what it loads
 TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py
 
 transformers.utils.logging.set_verbosity_error()
@@ -21,12 +28,15 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def prepare(config: Any) -> torch.device:
-    """Seeds, CPU threads and device of a run. One thread for the tiny models: two can be twenty times slower."""
+    """Processes, seeds, CPU threads and device. One thread for the tiny models: two can be twenty times slower."""
+    global SYSTEM
+    SYSTEM = getattr(config, "system", SYSTEM)
+    distributed.start(SYSTEM)
     transformers.set_seed(config.seed)
     if config.threads or (TINY / config.model).is_dir():
         torch.set_num_threads(config.threads or 1)
     try:
-        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        auto = distributed.local_device() if torch.cuda.is_available() else "cpu"
         return torch.empty(0, device=auto if config.device == "auto" else config.device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {config.device!r} here ({first_line(error)}); try --device cpu") from None
@@ -79,8 +89,31 @@ def load_model(
         lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type=task)
         model = get_peft_model(model, lora).eval()
     model.autocast_dtype = torch.bfloat16 if mixed else None
+    layers = [layer for layer in model.modules() if isinstance(layer, transformers.GradientCheckpointingLayer)]
+    for layer in layers if SYSTEM.checkpointing and train else ():
+        layer.forward = partial(recomputed, layer.forward)
+    if SYSTEM.shard == "fsdp":
+        distributed.shard(plain(model), layers, SYSTEM, mixed)
     model.weights_version = 0  # raised with every change, so that an engine with a copy of its own knows
     return model
+
+
+def recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward, whose activations are made again in the backward pass. transformers' own switch acts in train
+    mode alone, in which models have dropout."""
+    if torch.is_grad_enabled():
+        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    return forward(*args, **kwargs)
+
+
+def load_start(policy: nn.Module, name: str, device: torch.device, dtype: str = "float32") -> nn.Module:
+    """The weights `name` that the policy started from, frozen: its own base under the adapters, without any memory;
+    else a second copy, in the policy's precision."""
+    if not hasattr(policy, "disable_adapter"):
+        return load_model(name, device, dtype).requires_grad_(False)
+    base = copy.copy(policy)  # the same modules
+    base.without_adapters = True
+    return base
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -88,9 +121,13 @@ def plain(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def autocast(model: nn.Module) -> torch.autocast:
-    """The context in which a model from load_model computes."""
-    return torch.autocast(plain(model).device.type, model.autocast_dtype, enabled=model.autocast_dtype is not None)
+@contextlib.contextmanager
+def autocast(model: nn.Module) -> Iterator[None]:
+    """The context in which a model from load_model or load_start computes."""
+    dtype, bare = model.autocast_dtype, getattr(model, "without_adapters", False)
+    with torch.autocast(plain(model).device.type, dtype, enabled=dtype is not None):
+        with model.disable_adapter() if bare else contextlib.nullcontext():
+            yield
 
 
 def save_model(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase | None", folder: Path) -> None:

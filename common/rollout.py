@@ -1,6 +1,8 @@
 """Rollouts: prompts in, sampled responses out, in the one layout that every method uses."""
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from posttrain.common import distributed
 from posttrain.common.cli import require
 from posttrain.common.models import autocast, plain, stop_ids
 from posttrain.common.tasks import Example
@@ -183,6 +186,12 @@ class Engine:
     def refresh(self) -> None:
         """Before a batch: take over the weights that the model has now."""
 
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        """Around a batch."""
+        self.refresh()
+        yield
+
     def complete(self, contexts: list, u: Tensor, sampling: Sampling, stops=(), limits=(), memory=None) -> tuple:
         """What the model writes behind R lists of ids, up to the first stop token.  -> R lists of ids, of log-probs
 
@@ -202,18 +211,20 @@ class Engine:
 
     def generate(self, examples: list[Example], n: int, sampling: Sampling, key: tuple, starts: list = ()) -> Rollout:
         """n responses to each example, or to its ids in starts; reproducible in key, for example (seed, step)."""
-        self.refresh()
         prompts = list(starts) or [encode(self.tokenizer, example.prompt) for example in examples]
         per_batch = max(1, self.batch_tokens // (n * self.fit(prompts, sampling.max_new_tokens)))
         noise = torch.Generator().manual_seed(seed_of(*key))
         u = torch.rand(len(prompts), n, sampling.max_new_tokens, generator=noise).flatten(0, 1)
+        mine = distributed.part(len(prompts))
         prompts, examples = ([x for x in rows for _ in range(n)] for rows in (prompts, examples))
         ids, logps = [], []
-        for start in range(0, len(prompts), per_batch * n):
-            some = slice(start, start + per_batch * n)
-            batch_ids, batch_logps = self.complete(prompts[some], u[some], sampling)
-            ids += batch_ids
-            logps += batch_logps
+        with self.ready():
+            for start in range(mine.start * n, mine.stop * n, per_batch * n):
+                some = slice(start, min(start + per_batch * n, mine.stop * n))
+                batch_ids, batch_logps = self.complete(prompts[some], u[some], sampling)
+                ids += batch_ids
+                logps += batch_logps
+        ids, logps = distributed.gather(ids), distributed.gather(logps)
         rest = {"group": torch.arange(len(prompts)) // n, "logps": logps, "examples": examples}
         rest["finished"] = torch.tensor([bool(row) and row[-1] in self.stop_ids for row in ids])
         rest["texts"] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -222,6 +233,11 @@ class Engine:
 
 class HFEngine(Engine):
     """Samples with the trainer's own model through transformers: works everywhere, never has stale weights."""
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        with distributed.whole(self.model):  # the processes' batches do not run in step
+            yield
 
     @torch.no_grad()
     def complete(self, contexts: list, u: Tensor, sampling: Sampling, stops=(), limits=(), memory=None) -> tuple:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.common import distributed
 from posttrain.common.models import autocast, plain
 from posttrain.common.rollout import Rollout
 from posttrain.kernels.logprob import linear_token_logp
@@ -29,11 +30,17 @@ def sampled_hidden(model: nn.Module, rollout: Rollout, **inputs: Any) -> Tensor:
     Two rollouts that hold the same responses under different prompts give rows in the same order.
     inputs: what a multimodal model takes for these rows besides tokens, such as pixel_values.
     """
-    width = int(rollout.attention_mask.sum(1).max())  # the shared width may be padding for these rows
-    tokens, sampled = rollout.tokens[:, :width], rollout.loss_mask[:, :width].bool()
+    tokens, sampled = rollout.tokens.new_zeros(1, 1), rollout.loss_mask.new_zeros(1, 1).bool()  # no rows: [0, H]
+    if len(rollout):
+        width = int(rollout.attention_mask.sum(1).max())  # the shared width may be padding for these rows
+        tokens, sampled = rollout.tokens[:, :width], rollout.loss_mask[:, :width].bool()
+    network = getattr(plain(model), "backbone", None)  # FSDP2's, see distributed.shard
     with autocast(model):
         # Padding is on the right and attention is causal, so no real token sees it: no mask, the fast path.
-        hidden = plain(model).base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
+        if network:
+            hidden = network(input_ids=tokens, use_cache=False, **inputs)
+        else:
+            hidden = plain(model).base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
     hidden = hidden[:, :-1][sampled[:, 1:]]  # the only shift in the project: position t-1 predicts token t
     config = plain(model).config.get_text_config()  # Cohere multiplies its logits, Granite divides them
     hidden = hidden * (getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
@@ -66,7 +73,7 @@ def token_logps(
 
 
 def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
-    """Rows [n] int64 of similar length whose padded size stays within max_tokens; every row once."""
+    """Rows [n] int64 of similar length whose padded size stays within max_tokens; every row once, in one process."""
     lengths = rollout.attention_mask.sum(1).long()
     order, lengths = lengths.argsort(stable=True).tolist(), lengths.tolist()
     batches: list[list[int]] = [[]]
@@ -74,7 +81,8 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
         if batches[-1] and lengths[row] * (len(batches[-1]) + 1) > max_tokens:
             batches.append([])
         batches[-1].append(row)
-    return [torch.tensor(batch, device=rollout.tokens.device) for batch in batches]
+    device = rollout.tokens.device
+    return [torch.tensor(batch, dtype=torch.int64, device=device) for batch in distributed.deal(batches)]
 
 
 @torch.no_grad()
@@ -85,6 +93,7 @@ def score(
     logps, entropies = torch.zeros_like(rollout.behaviour_logps), torch.zeros_like(rollout.behaviour_logps)
     for rows in micro_batches(rollout, max_tokens):
         logps[rows], entropies[rows] = token_logps(model, rollout[rows], temperature, vocab_size)
+    distributed.add_up(logps, entropies)
     return logps, entropies
 
 

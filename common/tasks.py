@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 from pebble import ProcessPool
 
+from posttrain.common import distributed
 from posttrain.common.cli import UserError, first_line, require
 
 CORRECT = 1.0  # the only grade that counts as correct, in rewards, accuracy and Pass@k alike: reward == CORRECT
@@ -173,16 +174,16 @@ def from_file(spec: str, flag: str, known: str) -> Callable:
 
 def grade_all(reward: Callable[[Example, str], float], examples: list[Example], completions: list[str]) -> list[float]:
     """A reward for each row; NaN (unscorable, left out of the update) where the function raises or has no number."""
-    out, cause = [], None
-    for example, completion in zip(examples, completions, strict=True):
+    mine, out, cause = distributed.part(len(examples)), [], None
+    for example, completion in zip(examples[mine], completions[mine], strict=True):
         try:
             value = float(reward(example, completion))
             require(math.isfinite(value), f"it returned {value}")
         except (Exception, SystemExit) as error:
-            value, cause = math.nan, cause or error
+            value, cause = math.nan, cause or f"{type(error).__name__}: {first_line(error)}"
         out.append(value)
+    out, reason = distributed.gather(out), next(filter(None, distributed.gather([cause])), "")
     if out and all(math.isnan(value) for value in out):
-        reason = f"{type(cause).__name__}: {first_line(cause)}"
         raise UserError(f"the reward function scored none of {len(out)} completions; the first failed with {reason}")
     return out
 

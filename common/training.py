@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from posttrain.common import distributed
 from posttrain.common.cli import require
 from posttrain.common.rollout import HFEngine, Rollout, Sampling, seed_of
 from posttrain.common.tasks import CORRECT, Example, Task, grade_all
@@ -36,7 +37,10 @@ class Optimizer:
         """Clip, update unless the gradient is not finite, clear the gradients; returns the optim/* metrics."""
         for group in self.adamw.param_groups:
             group["lr"] = self.rate(step)
-        norm = nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm).item()
+        distributed.reshard()
+        distributed.sum_gradients(self.weights)
+        norm = nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # of all shards
         if math.isfinite(norm):
             self.adamw.step()
             self.model.weights_version = getattr(self.model, "weights_version", 0) + 1
@@ -80,7 +84,9 @@ def evaluate(
     greedy = engine.generate(problems, 1, Sampling(0.0, sampling.max_new_tokens), key=(seed, 0, 2))
     for part in (rollout, greedy):
         if part.episodes[0] is None:  # else the environment has graded
-            part.reward = torch.tensor([task.grade(e, t) for e, t in zip(part.examples, part.texts, strict=True)])
+            mine = distributed.part(len(part))
+            pairs = zip(part.examples[mine], part.texts[mine], strict=True)
+            part.reward = torch.tensor(distributed.gather([task.grade(*pair) for pair in pairs]))
     correct = (rollout.reward == CORRECT).view(-1, samples)
     average, passed = correct.double().mean(1), pass_at_k(correct, samples)
     metrics = {
@@ -123,16 +129,23 @@ class Stats:
         """engine/*: how far the trainer's log-probs of the fresh batch are from the sampler's."""
         gap = torch.where(mask > 0, logps - behaviour_logps, 0)
         self.tokens(mask, {"engine/logp_gap": gap.abs()}, count=False)
-        self.gaps.append(gap.max())
+        if len(gap):
+            self.gaps.append(gap.max())
 
     def add(self, key: str, value: Tensor) -> None:
         """A scalar that is summed, such as a micro-batch's share of the loss."""
         self.sums[key] = self.sums[key] + value.detach()
 
     def metrics(self) -> dict[str, float]:
-        n_tokens = max(1.0, float(self.n_tokens))
-        largest = {"engine/ratio_max": torch.stack(self.gaps).max().exp().item()} if self.gaps else {}
-        return {k: float(v) / (n_tokens if k in self.per_token else 1) for k, v in self.sums.items()} | largest
+        keys = list(self.sums)  # the same in all processes, which have equally many micro-batches
+        sums = torch.stack([torch.as_tensor(x).double().cpu() for x in (self.n_tokens, *self.sums.values())])
+        distributed.add_up(sums)
+        n_tokens, *sums = sums.tolist()
+        gaps = distributed.gather([float(torch.stack(self.gaps).max())] if self.gaps else [])
+        largest = {"engine/ratio_max": torch.tensor(max(gaps)).exp().item()} if gaps else {}
+        return {
+            k: v / (max(1.0, n_tokens) if k in self.per_token else 1) for k, v in zip(keys, sums, strict=True)
+        } | largest
 
 
 def rollout_metrics(rollout: Rollout, reward_function: Any, task: Task) -> dict[str, float]:

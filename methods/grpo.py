@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from posttrain.common.cli import Engines, cli, require
-from posttrain.common.models import load_model, load_tokenizer, prepare
+from posttrain.common.models import load_model, load_start, load_tokenizer, prepare
 from posttrain.common.rollout import Sampling, concat, make_engine, seed_of
 from posttrain.common.run import Run
 from posttrain.common.scoring import micro_batches, score, token_logps
@@ -243,7 +243,7 @@ def main(config: Config) -> None:
     reward = make_reward(config.reward, task)
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
-    reference = load_model(config.model, device, config.dtype).requires_grad_(False) if config.beta else None
+    reference = load_start(policy, config.model, device, config.dtype) if config.beta else None
     engine = make_engine(policy, tokenizer, config)
     optimizer = Optimizer(policy, config)
     run = Run(config, "grpo")

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from posttrain.common.cli import Engines, UserError, cli, require
-from posttrain.common.models import load_model, load_tokenizer, prepare, shared_vocabulary
+from posttrain.common.models import load_model, load_start, load_tokenizer, prepare, shared_vocabulary
 from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, seed_of, under_prompts, written
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, score, token_logps
@@ -233,11 +233,12 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     itself = config.teacher == "self"
-    teacher_name = config.model if itself else config.teacher
-    teacher_tokenizer = load_tokenizer(teacher_name)
+    teacher_tokenizer = load_tokenizer(config.model if itself else config.teacher)
     live = itself and config.teacher_sync == "live"
-    # A teacher that averages the student's weights keeps them in the student's precision.
-    teacher = policy if live else load_model(teacher_name, device, config.dtype, train=itself).requires_grad_(False)
+    if itself:
+        teacher = policy if live else load_start(policy, config.model, device, config.dtype)
+    else:
+        teacher = load_model(config.teacher, device, config.dtype, train=False)
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
     engine = make_engine(policy, tokenizer, config)
     teacher_engine = make_engine(teacher, teacher_tokenizer)

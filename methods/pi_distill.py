@@ -35,9 +35,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from posttrain.common import distributed
 from posttrain.common.cli import Engines, cli, require
 from posttrain.common.environments.hints import hint_texts
-from posttrain.common.models import load_model, load_tokenizer, plain, prepare
+from posttrain.common.models import load_model, load_start, load_tokenizer, plain, prepare
 from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, under_prompts
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, token_logps
@@ -177,6 +178,7 @@ def score_both(student, teacher, rollout: Rollout, seen: Rollout, config: Config
         if config.kl_est == "rb":
             kind = "forward_kl" if config.algorithm == "pi" else "reverse_kl"
             k[rows] = scatter(vocabulary_kl(student, ours, teacher, theirs, kind, config.temperature), batch)
+    distributed.add_up(s, t, k)
     return s, t, k if config.kl_est == "rb" else t - s if config.algorithm == "pi" else s - t
 
 
@@ -220,7 +222,7 @@ def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model)
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     pi, own = config.algorithm == "pi", (config.opsd_teacher != "current", config.reference == "base")
-    teacher, base = (load_model(config.model, device, config.dtype).requires_grad_(False) if x else policy for x in own)
+    teacher, base = (load_start(policy, config.model, device, config.dtype) if x else policy for x in own)
     engine, teacher_engine = make_engine(policy, tokenizer, config), make_engine(teacher, tokenizer)
     optimizer = Optimizer(policy, config)
     run = Run(config, "pi_distill")

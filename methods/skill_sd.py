@@ -37,7 +37,7 @@ from posttrain.common.cli import Engines, cli, require
 from posttrain.common.environments.episodes import Episodes
 from posttrain.common.environments.summaries import best_rows, fit_skill, room, skill_text, summarise, with_skill
 from posttrain.common.environments.tools import Form, make_environment
-from posttrain.common.models import load_model, load_tokenizer, prepare
+from posttrain.common.models import load_model, load_start, load_tokenizer, prepare
 from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, seed_of, under_prompts
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, score, score_within, token_logps
@@ -184,9 +184,8 @@ def main(config: Config) -> None:
     task = make_task(config.task, config.prompt_column, config.answer_column)
     reward, make = make_reward(config.reward, task), make_environment(config.environment, task, config.tool_format)
     tokenizer = load_tokenizer(config.model)
-    load = partial(load_model, config.model, device, config.dtype)
-    policy = load(config.lora_rank)
-    teacher = policy if config.teacher_sync == "live" else load().requires_grad_(False)
+    policy = load_model(config.model, device, config.dtype, config.lora_rank)
+    teacher = policy if config.teacher_sync == "live" else load_start(policy, config.model, device, config.dtype)
     engine = Episodes(make_engine(policy, tokenizer, config), make, config.max_turns, config.max_seconds)
     teacher_engine = Episodes(make_engine(teacher, tokenizer), make, config.max_turns, config.max_seconds)
     writer = engine.engine if config.summarizer == "self" else None
@@ -291,7 +290,7 @@ def main(config: Config) -> None:
                 old = logps.detach() if old_logps is None else old_logps[at]
                 grpo = (policy_token_loss(logps, old, advantages[at], m, config) * m * c).sum()
                 loss, sdl = config.adv_grpo * grpo, torch.zeros_like(grpo)
-                if on.any():
+                if len(skilled):
                     if config.est == "full":
                         theirs = behind[torch.searchsorted(skilled, at[h[at]])]
                         token_loss = full_divergence(policy, hidden, teacher, theirs, m, on, config.temperature)

@@ -22,6 +22,7 @@ import transformers
 from jinja2 import TemplateError
 from torch import Tensor
 
+from posttrain.common import distributed
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.rollout import Memory, Rollout, Sampling, assemble, encode, seed_of, to_device
 from posttrain.common.tasks import Example
@@ -117,8 +118,13 @@ class Episodes:
         prompts = [list(row.ids) for row in rows]
         longest = self.engine.fit(prompts, length)
         per_batch = max(1, getattr(self.engine, "batch_tokens", len(rows) * longest) // longest)
-        for at in range(0, len(rows), per_batch):
-            self.play(rows[at : at + per_batch], sampling)
+        mine = rows[distributed.part(len(rows))]
+        with self.engine.ready():
+            for at in range(0, len(mine), per_batch):
+                self.play(mine[at : at + per_batch], sampling)
+        for row in rows:
+            row.environment = row.noise = None  # these stay here; an environment may not be fit to travel
+        rows = distributed.gather(mine)
         blocks = [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
         rest = {"texts": self.tokenizer.batch_decode(blocks, skip_special_tokens=True)}
         rest |= {"group": torch.arange(len(rows)) // n, "reward": torch.tensor([row.reward for row in rows])}
