@@ -75,7 +75,7 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot write the folder {self.folder} ({error.strerror}); choose another --out") from None
         self.record = {"flags": flags, "versions": versions(), "command": sys.argv}
-        self.checkpoint = self.folder / "checkpoint" / "state.pt"
+        self.checkpoint = self.folder / "checkpoint"
         self.wandb = start_wandb(config.wandb, self.folder, flags) if config.wandb != "off" else None
 
     def due(self, step: int, every: int) -> bool:
@@ -83,29 +83,30 @@ class Run:
         return step == self.config.steps or (every > 0 and step % every == 0)
 
     def save(self, step: int, **parts: Any) -> None:
-        """Everything that --resume needs in one file, replaced in one rename: a kill leaves the old or the new one."""
-        state = {"step": step, "seconds": self.seconds + time.monotonic() - self.start}
-        for name, part in parts.items():
-            state[name] = part if isinstance(part, dict) else part.state_dict()
-            tuned = (".lora_", ".modules_to_save.")
-            adapters = {key: value for key, value in state[name].items() if any(mark in key for mark in tuned)}
-            state[name] = adapters or state[name]  # LoRA: the frozen base is not stored
-        partial = self.checkpoint.with_name("state.pt.partial")
-        torch.save(state, partial)
-        os.replace(partial, self.checkpoint)
+        """Everything that --resume needs."""
+        from posttrain.common import checkpoint
+
+        plain = {name: part for name, part in parts.items() if isinstance(part, dict)}
+        plain |= {"step": step, "seconds": self.seconds + time.monotonic() - self.start}
+        plain["skipped"] = next(part.skipped for part in parts.values() if hasattr(part, "skipped"))
+        checkpoint.save(self.checkpoint, step, plain, {k: part for k, part in parts.items() if k not in plain})
 
     def restore(self, **parts: Any) -> int:
         """Load the checkpoint, if any, into the given parts; drop what was logged after it. -> steps already done"""
         state = {"step": -1, "seconds": 0.0}
-        if self.config.resume and self.checkpoint.is_file():
+        if self.config.resume and (found := max(self.checkpoint.glob("step-*"), default=None)):
+            from posttrain.common import checkpoint
+
             try:
-                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+                state = checkpoint.load(found, {k: part for k, part in parts.items() if not isinstance(part, dict)})
                 for name, part in parts.items():
-                    adapters = any(".lora_" in key for key in state[name])
-                    load = part.update if isinstance(part, dict) else part.load_state_dict
-                    load(state[name], **({"strict": False} if adapters else {}))
+                    if isinstance(part, dict):
+                        part.update(state[name])
+                    elif hasattr(part, "skipped"):
+                        part.skipped = state["skipped"]
+                        part.model.weights_version += 1
             except Exception as error:
-                raise UserError(f"{self.checkpoint} is damaged or of another model ({first_line(error)})") from None
+                raise UserError(f"{found} is damaged or of another model ({first_line(error)})") from None
             require(state["step"] <= self.config.steps, f"the run has {state['step']} steps already: raise --steps")
         self.seconds = state["seconds"]
         write_atomically(self.folder / "config.json", json.dumps(self.record, indent=1))

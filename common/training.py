@@ -49,13 +49,6 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return {"optim/lr": self.rate(step), "optim/grad_norm": norm, "optim/skipped": self.skipped}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "skipped": self.skipped}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adamw.load_state_dict(state["adamw"])
-        self.skipped = state["skipped"]
-
 
 def batch_of(n: int, size: int, seed: int, step: int, stream: int = 2) -> Tensor:
     """Rows of a table of n for training step 1, 2, ...: a permutation an epoch, end to end, so that no batch is short.

@@ -1,0 +1,56 @@
+"""What --resume needs: a folder a step, by torch.distributed.checkpoint, each process writing the shards it holds.
+
+It can be read by another number of processes, in shards or whole.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint import state_dict as states
+
+from posttrain.common import distributed
+
+
+def tensors(part: Any) -> dict[str, Any]:
+    """A model's weights, those of adapters alone under LoRA, or an optimizer's moments by weight, as they lie here."""
+    if isinstance(part, nn.Module):
+        tuned = any(weight.requires_grad for weight in part.parameters())
+        options = states.StateDictOptions(ignore_frozen_params=tuned)  # a frozen part is an average: all of it
+        return states.get_model_state_dict(part, options=options)
+    return states.get_optimizer_state_dict(part.model, part.adamw)
+
+
+def save(folder: Path, step: int, plain: dict[str, Any], parts: dict[str, Any]) -> None:
+    """plain: numbers and texts. A kill leaves the old folder or the new one: the rename is what counts."""
+    partial, whole = folder / "partial", folder / f"step-{step:06d}"
+    if distributed.rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        torch.save(plain, partial / "plain.pt")
+    distributed.barrier()
+    dcp.save({name: tensors(part) for name, part in parts.items()}, checkpoint_id=partial)
+    distributed.barrier()
+    if distributed.rank() == 0:
+        older = [path for path in folder.iterdir() if path not in (partial, whole)]
+        shutil.rmtree(whole, ignore_errors=True)
+        partial.rename(whole)
+        for path in older:
+            shutil.rmtree(path)
+    distributed.barrier()
+
+
+def load(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
+    """Load tensors into parts, a folder of save. -> its plain values"""
+    plain = torch.load(folder / "plain.pt", map_location="cpu", weights_only=True)
+    state = {name: tensors(part) for name, part in parts.items()}
+    dcp.load(state, checkpoint_id=folder)
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            states.set_model_state_dict(part, state[name], options=states.StateDictOptions(strict=False))
+        else:
+            states.set_optimizer_state_dict(part.model, part.adamw, state[name])
+    return plain
