@@ -32,7 +32,8 @@ def save(folder: Path, step: int, plain: dict[str, Any], parts: dict[str, Any]) 
         partial.mkdir()
         torch.save(plain, partial / "plain.pt")
     distributed.barrier()
-    dcp.save({name: tensors(part) for name, part in parts.items()}, checkpoint_id=partial)
+    state = {name: tensors(part) for name, part in parts.items()}
+    dcp.save(state, checkpoint_id=partial, no_dist=distributed.world() == 1)
     distributed.barrier()
     if distributed.rank() == 0:
         older = [path for path in folder.iterdir() if path not in (partial, whole)]
@@ -47,7 +48,7 @@ def load(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
     """Load tensors into parts, a folder of save. -> its plain values"""
     plain = torch.load(folder / "plain.pt", map_location="cpu", weights_only=True)
     state = {name: tensors(part) for name, part in parts.items()}
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder, no_dist=distributed.world() == 1)
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             states.set_model_state_dict(part, state[name], options=states.StateDictOptions(strict=False))

@@ -142,8 +142,9 @@ def save_model(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBas
 
             partial.mkdir(exist_ok=True)
             save_torch_state_dict(weights, partial)
-            for part in (plain(model).config, plain(model).generation_config):
-                part.save_pretrained(partial)
+            plain(model).config.save_pretrained(partial)
+            if plain(model).can_generate():
+                plain(model).generation_config.save_pretrained(partial)
         else:
             model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
             model.save_pretrained(partial)

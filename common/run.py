@@ -23,6 +23,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
 
+from posttrain.common import distributed
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.models import save_model
 from posttrain.common.rollout import Rollout, Sampling
@@ -54,7 +55,8 @@ class Run:
     def __init__(self, config: Any, method: str):
         self.config, self.method, self.start, self.seconds = config, method, time.monotonic(), 0.0
         self.console = Console(highlight=False)
-        self.folder = Path(config.out or f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}")
+        fresh = f"runs/{method}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+        self.folder, self.first = Path(config.out or distributed.from_first(fresh)), distributed.rank() == 0
         flags = {"method": method, **dataclasses.asdict(config)}
         recorded = self.folder / "config.json"
         if config.resume:
@@ -76,7 +78,9 @@ class Run:
             raise UserError(f"cannot write the folder {self.folder} ({error.strerror}); choose another --out") from None
         self.record = {"flags": flags, "versions": versions(), "command": sys.argv}
         self.checkpoint = self.folder / "checkpoint"
-        self.wandb = start_wandb(config.wandb, self.folder, flags) if config.wandb != "off" else None
+        online = config.wandb != "off" and self.first  # the first process alone writes and prints
+        self.wandb = start_wandb(config.wandb, self.folder, flags) if online else None
+        distributed.barrier()  # all have looked into the folder
 
     def due(self, step: int, every: int) -> bool:
         """At every `every`-th step (0 = never) and at the last."""
@@ -109,6 +113,8 @@ class Run:
                 raise UserError(f"{found} is damaged or of another model ({first_line(error)})") from None
             require(state["step"] <= self.config.steps, f"the run has {state['step']} steps already: raise --steps")
         self.seconds = state["seconds"]
+        if not self.first:
+            return max(0, state["step"])
         write_atomically(self.folder / "config.json", json.dumps(self.record, indent=1))
         for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
             lines = path.read_text().splitlines(True) if path.exists() else []
@@ -128,6 +134,8 @@ class Run:
     def log(self, step: int, metrics: dict, rollout: Rollout | None = None, signals: dict | None = None) -> None:
         """One line of metrics.jsonl, the live line, wandb; the best, the worst and one more sample of the batch, with
         signals by name: [N, T] on each of its tokens, or N values (scripts/transcript.py shows them)."""
+        if not self.first:
+            return
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         if self.wandb:
@@ -144,6 +152,8 @@ class Run:
 
     def sample(self, step: int, rows: Iterable[dict]) -> None:
         """Lines of samples.jsonl."""
+        if not self.first:
+            return
         with (self.folder / "samples.jsonl").open("a") as file:
             file.writelines(json.dumps({"step": step, **row}) + "\n" for row in rows)
 
@@ -166,6 +176,8 @@ class Run:
         """Save model/, summary.json and curve.png; print before, after, teacher and stored results to compare with."""
         config, k = self.config, getattr(self.config, "eval_samples", 0)
         save_model(policy, tokenizer, self.folder / "model")
+        if not self.first:
+            return
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         rows = {"before": lines[0], "after": lines[-1]}
         rows["teacher"] = {key.removeprefix("teacher/"): value for key, value in lines[0].items() if "teacher" in key}

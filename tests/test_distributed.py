@@ -1,0 +1,112 @@
+"""torchrun with two and three processes (gloo) against one: metrics, gradients and weights of every method."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = {"steps": 2, "prompts_per_step": 3, "group_size": 3, "eval_problems": 5, "eval_samples": 2, "eval_every": 0}
+SMALL |= {"save_every": 1, "lr": 1e-3, "warmup": 0, "micro_batch_tokens": 150}
+LABELLED = {"steps": 2, "prompts_per_step": 7, "eval_problems": 20, "eval_every": 0, "save_every": 1, "lr": 1e-3}
+JOBS = {
+    "grpo": ("grpo", {**SMALL, "prompts_per_step": 4, "beta": 0.1, "minibatches": 2, "ent_coef": 0.01}),
+    "grpo-const": ("grpo", {**SMALL, "agg": "const", "dynamic_sampling": 2, "epochs": 2}),
+    "opd": ("opd", SMALL),
+    "opd-k1": ("opd", {**SMALL, "est": "k1_pg", "agg": "seq"}),
+    "scope": ("scope_opd", SMALL),
+    "uni": ("uni_opd", SMALL),
+    "sod": ("sod", {**SMALL, "minibatches": 2}),
+    "skill": ("skill_sd", {**SMALL, "reward": "random", "group_size": 8, "est": "full", "teacher_sync": "ema"}),
+    "pi": ("pi_distill", SMALL),
+    "opsd": ("pi_distill", {**SMALL, "algorithm": "opsd", "opsd_teacher": "ema"}),
+    "rltf": ("rltf", {**SMALL, "mode": "both"}),
+    "sinkd": ("sinkd", LABELLED),
+    "csft": ("cot2", {**LABELLED, "dropout": 0.0}),
+    "discrete": ("cot2", {**LABELLED, "mode": "discrete", "dropout": 0.0}),
+}
+SHARDED = {  # FSDP2
+    "grpo": ("grpo", {**SMALL, "prompts_per_step": 4, "beta": 0.1, "minibatches": 2, "shard": "fsdp"}),
+    "grpo-lora": ("grpo", {**SMALL, "prompts_per_step": 4, "beta": 0.1, "lora_rank": 4, "shard": "fsdp"}),
+    "offload": ("opd", {**SMALL, "cpu_offload": True, "checkpointing": True, "shard": "fsdp"}),
+    "opd-ema": ("opd", {**SMALL, "teacher": "self", "teacher_sync": "ema", "task_coef": 1.0, "shard": "fsdp"}),
+    "scope": ("scope_opd", {**SMALL, "shard": "fsdp"}),
+    "uni": ("uni_opd", {**SMALL, "shard": "fsdp"}),
+    "sod": ("sod", {**SMALL, "minibatches": 2, "shard": "fsdp"}),
+    "skill": (
+        "skill_sd",
+        {**SMALL, "reward": "random", "group_size": 8, "est": "full", "teacher_sync": "ema", "shard": "fsdp"},
+    ),
+    "pi": ("pi_distill", {**SMALL, "shard": "fsdp"}),
+    "rltf": ("rltf", {**SMALL, "mode": "both", "shard": "fsdp"}),
+    "sinkd": ("sinkd", {**LABELLED, "shard": "fsdp"}),
+}
+ONE = ("shard", "cpu_offload", "checkpointing")
+
+
+def launch(processes: int, root: Path, jobs: dict) -> Path:
+    """All jobs one after another in the same processes: a start costs more than a run."""
+    root.mkdir()
+    given = json.dumps([[name, method, flags] for name, (method, flags) in jobs.items()])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*(torchrun if processes > 1 else [sys.executable]), str(ROOT / "tests" / "ranks.py"), str(root), given]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return root
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    plain = {f"fsdp-{k}": (m, {f: v for f, v in x.items() if f not in ONE}) for k, (m, x) in SHARDED.items()}
+    return launch(1, tmp_path_factory.mktemp("one") / "runs", JOBS | plain)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def copies(request, tmp_path_factory):
+    return launch(request.param, tmp_path_factory.mktemp("copies") / "runs", JOBS)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return launch(2, tmp_path_factory.mktemp("shards") / "runs", SHARDED)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a: Path, b: Path) -> None:
+    """Metrics, gradients of every step before clipping, and final weights, to 1e-5."""
+    for x, y in zip(lines(a), lines(b), strict=True):
+        assert x.keys() == y.keys()
+        measured = {key for key in x if key.startswith(("time/", "memory/"))}
+        noise = x.pop("engine/ratio_max", 1.0), y.pop("engine/ratio_max", 1.0)  # the largest rounding error
+        assert noise == pytest.approx((1, 1), abs=1e-4)
+        for key in x.keys() - measured:
+            assert x[key] == pytest.approx(y[key], rel=1e-5, abs=1e-5), key
+    ours, theirs = (torch.load(out / "gradients.pt") for out in (a, b))
+    assert len(ours) == len(theirs) >= 2 and any(g is not None and g.any() for g in ours[0])
+    for x, y in zip(ours, theirs, strict=True):
+        assert [g is None for g in x] == [g is None for g in y]
+        g, h = (torch.cat([torch.zeros(1), *(w.flatten() for w in grads if w is not None)]) for grads in (x, y))
+        assert (g - h).norm() <= 1e-5 * h.norm()
+    x, y = (load_file(out / "model" / "model.safetensors") for out in (a, b))
+    assert x.keys() == y.keys()
+    for key in x:
+        torch.testing.assert_close(x[key], y[key], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_copies_give_what_one_process_gives(name, one, copies):
+    same(one / name, copies / name)
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_shards_give_what_one_process_gives(name, one, shards):
+    same(one / f"fsdp-{name}", shards / name)
