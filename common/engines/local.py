@@ -5,6 +5,7 @@ changed, so vLLM never reads a weight from disk: it starts from the policy's con
 from a folder, a hub, a GGUF file or a checkpoint.
 """
 
+import contextlib
 import copy
 import importlib.util
 import logging
@@ -12,13 +13,14 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
+from posttrain.common import distributed
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.models import full_weights, plain
 from posttrain.common.rollout import Engine, Sampling, seed_of
@@ -37,9 +39,9 @@ class VLLMEngine(Engine):
     def __init__(self, model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", config: Any):
         super().__init__(model, tokenizer, batch_tokens=sys.maxsize)  # vLLM schedules the rows of a call itself
         device, self.sleeps, self.version = plain(model).device, config.system.vllm_sleep, None
-        one = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+        several = distributed.world() > 1
         chosen = "--rollout vllm takes the first GPU that it sees: choose with CUDA_VISIBLE_DEVICES, not with --device"
-        require(one or not device.index, chosen)
+        require(several or not device.index, chosen)
         require(device.type != "cpu" or not self.sleeps, "--vllm-sleep frees a GPU's memory; leave it out on a CPU")
         missing = "pip install -r requirements-vllm.txt; without a GPU, scripts/vllm_cpu.sh makes an environment"
         require(importlib.util.find_spec("vllm"), f"--rollout vllm: vLLM is not installed: {missing}")
@@ -47,10 +49,9 @@ class VLLMEngine(Engine):
             os.environ.setdefault(name, value)  # a user's own setting wins
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where weights can be handed over
         logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])  # it speaks before it has looked there
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch, about vLLM's own calls
-            from vllm import LLM, SamplingParams
-            from vllm.platforms import current_platform
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")  # torch's, about calls of vLLM
+        from vllm import LLM, SamplingParams
+        from vllm.platforms import current_platform
 
         build = current_platform.device_type
         require(device.type == build, f"this vLLM is built for {build}: --device {build}, or --rollout hf")
@@ -70,7 +71,7 @@ class VLLMEngine(Engine):
                     enforce_eager=device.type == "cpu",  # compiling takes longer than it saves
                     enable_sleep_mode=self.sleeps,
                     # With torchrun's processes it would otherwise make a world of its own; none shares a model.
-                    distributed_executor_backend="external_launcher" if one else "uni",
+                    distributed_executor_backend="external_launcher" if several else "uni",
                     logprobs_mode="processed_logprobs",  # at the sampling temperature
                     generation_config="vllm",  # no defaults from the model's folder: we give every setting
                     seed=config.seed,
@@ -79,9 +80,9 @@ class VLLMEngine(Engine):
                 cause = str(error).partition("Value error, ")[2].partition(" [type=")[0] or first_line(error)
                 mend = "lower --vllm-memory if memory lacks, else use --rollout hf"
                 raise UserError(f"vLLM does not start with this model ({cause}); {mend}") from error
-        if one:  # at exit vLLM would close torchrun's process groups, which the trainer does
+        if several:  # at exit vLLM would close torchrun's process groups, which the trainer does
             self.llm.llm_engine.engine_core._finalizer.detach()
-        self.rest()
+        self.sleep()
 
     def refresh(self) -> None:
         """reload_weights is vLLM's way that works in process on CPUs and GPUs alike. It undoes and repeats what vLLM
@@ -100,7 +101,13 @@ class VLLMEngine(Engine):
         if asleep:  # only now: the trainer's gathered weights are gone again
             self.llm.wake_up(tags=["kv_cache"])
 
-    def rest(self) -> None:
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        with super().ready():
+            yield
+        self.sleep()
+
+    def sleep(self) -> None:
         if self.sleeps:
             self.llm.sleep(level=2)  # drops the weights too: the next batch most often needs new ones anyway
             self.version = None
