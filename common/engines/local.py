@@ -56,9 +56,6 @@ class VLLMEngine(Engine):
         build = current_platform.device_type
         require(device.type == build, f"this vLLM is built for {build}: --device {build}, or --rollout hf")
         self.sampling_params = SamplingParams
-        reload = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
-        reload.setLevel(logging.WARNING)
-        reload.addFilter(refuse_incomplete)
         with tempfile.TemporaryDirectory() as folder:
             describe(model, tokenizer, Path(folder))
             try:
@@ -80,6 +77,9 @@ class VLLMEngine(Engine):
                 cause = str(error).partition("Value error, ")[2].partition(" [type=")[0] or first_line(error)
                 mend = "lower --vllm-memory if memory lacks, else use --rollout hf"
                 raise UserError(f"vLLM does not start with this model ({cause}); {mend}") from error
+        reload = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
+        reload.setLevel(logging.WARNING)
+        reload.addFilter(refuse_incomplete)
         if several:  # at exit vLLM would close torchrun's process groups, which the trainer does
             self.llm.llm_engine.engine_core._finalizer.detach()
         self.sleep()
