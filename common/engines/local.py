@@ -1,8 +1,8 @@
 """vLLM in the trainer's process, on the trainer's device (--rollout vllm); under torchrun one engine in each process.
 
 The engine holds a copy of the policy in vLLM's own layout. refresh() pushes the weights into it whenever they have
-changed, so vLLM never reads a weight from disk: it starts from the policy's config and tokenizer alone, be the policy
-from a folder, a hub, a GGUF file or a checkpoint.
+changed, so vLLM never reads a weight from disk: it starts from the policy's config and tokenizer alone, wherever the
+policy came from.
 """
 
 import contextlib
@@ -20,7 +20,6 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from posttrain.common import distributed
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.models import full_weights, plain
 from posttrain.common.rollout import Engine, Sampling, seed_of
@@ -39,9 +38,9 @@ class VLLMEngine(Engine):
     def __init__(self, model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", config: Any):
         super().__init__(model, tokenizer, batch_tokens=sys.maxsize)  # vLLM schedules the rows of a call itself
         device, self.sleeps, self.version = plain(model).device, config.system.vllm_sleep, None
-        several = distributed.world() > 1
+        launched = "RANK" in os.environ  # by torchrun, whose processes have met in distributed.start
         chosen = "--rollout vllm takes the first GPU that it sees: choose with CUDA_VISIBLE_DEVICES, not with --device"
-        require(several or not device.index, chosen)
+        require(launched or not device.index, chosen)
         require(device.type != "cpu" or not self.sleeps, "--vllm-sleep frees a GPU's memory; leave it out on a CPU")
         missing = "pip install -r requirements-vllm.txt; without a GPU, scripts/vllm_cpu.sh makes an environment"
         require(importlib.util.find_spec("vllm"), f"--rollout vllm: vLLM is not installed: {missing}")
@@ -67,8 +66,8 @@ class VLLMEngine(Engine):
                     gpu_memory_utilization=config.system.vllm_memory,
                     enforce_eager=device.type == "cpu",  # compiling takes longer than it saves
                     enable_sleep_mode=self.sleeps,
-                    # With torchrun's processes it would otherwise make a world of its own; none shares a model.
-                    distributed_executor_backend="external_launcher" if several else "uni",
+                    # Torchrun's processes: each with a whole model of its own, on the GPU of LOCAL_RANK.
+                    distributed_executor_backend="external_launcher" if launched else "uni",
                     logprobs_mode="processed_logprobs",  # at the sampling temperature
                     generation_config="vllm",  # no defaults from the model's folder: we give every setting
                     seed=config.seed,
@@ -77,10 +76,10 @@ class VLLMEngine(Engine):
                 cause = str(error).partition("Value error, ")[2].partition(" [type=")[0] or first_line(error)
                 mend = "lower --vllm-memory if memory lacks, else use --rollout hf"
                 raise UserError(f"vLLM does not start with this model ({cause}); {mend}") from error
-        reload = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
-        reload.setLevel(logging.WARNING)
-        reload.addFilter(refuse_incomplete)
-        if several:  # at exit vLLM would close torchrun's process groups, which the trainer does
+        log = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
+        log.setLevel(logging.WARNING)
+        log.addFilter(refuse_incomplete)
+        if launched:  # at exit vLLM would close the process groups before distributed does
             self.llm.llm_engine.engine_core._finalizer.detach()
         self.sleep()
 
