@@ -1,6 +1,7 @@
 """Bad input of every kind ends in one line that names cause and mend, exit code 2, no stack trace, nothing lost."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -207,6 +208,11 @@ NEGATIVE = {
     "weight-decay": [-1],
 }  # fmt: skip
 FLAGS |= {f"--{k} {v}": ("grpo", {k: v}, [f"--{k}"]) for k, values in NEGATIVE.items() for v in values}
+FLAGS["--rollout sglang"] = ("grpo", {"rollout": "sglang"}, ["--rollout 'sglang'", "hf, vllm, or the addresses"])
+FLAGS["--vllm-sleep"] = ("grpo", {"rollout": "vllm", "vllm-sleep": True}, ["--vllm-sleep", "on a CPU"])
+if not importlib.util.find_spec("vllm"):
+    words = ["vLLM is not installed", "pip install -r requirements-vllm.txt"]
+    FLAGS["--rollout vllm"] = ("grpo", {"rollout": "vllm"}, words)
 OWN = {
     "grpo": {"minibatches": 0, "epochs": 0, "ent-top": 0, "beta": -1, "overlong": -1, "dynamic-sampling": -1},
     "opd": {"top-k": 0, "prefix-frac": 0, "divergence-temperature": 0, "beta": 2, "lmbda": -1, "ema": 2},
