@@ -16,7 +16,7 @@ from posttrain.common.models import autocast, plain
 from posttrain.common.rollout import Rollout
 from posttrain.kernels.logprob import linear_token_logp
 
-ONLY_LOGPS = "a teacher on a server gives log-probs of tokens only: choose an estimator that needs no more"
+ONLY_LOGPS = "a teacher on a server gives log-probs of tokens only; choose an estimator that needs no more"
 
 
 def lm_head(model: nn.Module) -> dict[str, Any]:

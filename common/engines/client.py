@@ -121,7 +121,7 @@ class Servers:
         told = told.get("message", "") if isinstance(told, dict) else answer.text[:200]
         told = f"HTTP {answer.status_code} to {path}: {told or 'no JSON'}"
         if 400 <= answer.status_code < 500 and answer.status_code not in (408, 429):
-            raise UserError(f"{self.flag} {url} refuses: {told}{MENDS.get(path, '')}")
+            raise UserError(f"{self.flag} {url} refuses: {told}{mend(path, answer.status_code, told)}")
         raise Failure(told)
 
     async def attempt(self, client: httpx.AsyncClient, server: Server) -> None:
@@ -177,9 +177,15 @@ class Servers:
         return spread_out
 
 
-# What to do about a refusal, by path.
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
-MENDS = {
-    GENERATE: "; start it by vLLM 0.32's `vllm serve` with --enable-scale-out",
-    "/weight_info": "; start it with VLLM_SERVER_DEV_MODE=1, without which it takes no weights",
-}
+
+
+def mend(path: str, status: int, told: str) -> str:
+    """What to do about a refusal."""
+    if path == GENERATE and status in (403, 404):
+        return "; start it by `vllm serve` of vLLM 0.32 with --enable-scale-out"
+    if path == "/weight_info" and status == 404:
+        return "; start it with VLLM_SERVER_DEV_MODE=1, without which it takes no weights"
+    if status == 401:
+        return "; put its key into VLLM_API_KEY"
+    return "; start it with a higher --max-logprobs, or lower --top-k" if "max allowed" in told else ""

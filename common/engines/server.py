@@ -35,7 +35,7 @@ class ServerEngine(Engine):
 
     def __init__(self, model: nn.Module, tokenizer: Any, urls: str, push: bool, out: str = ""):
         super().__init__(model, tokenizer, batch_tokens=sys.maxsize)  # the servers schedule the rows of a call
-        self.push, self.version, self.tag = push, None, ""
+        self.push, self.version, self.tag, self.raw = push, None, "", ""
         self.vocab = plain(model).config.get_text_config().vocab_size
         name = distributed.from_first(uuid.uuid4().hex[:8])  # no other run's weights have it
         self.folder = (Path(out or "runs") / f"weights-{name}").resolve()
@@ -91,7 +91,8 @@ class ServerEngine(Engine):
             body = {"token_ids": [0], "sampling_params": params | {"ignore_eos": True}}
             _, (logp,) = self.check(await call(GENERATE, body), body)
             raw = f"{self.servers.flag} {server.url} gives log-probs before temperature"
-            require(logp == 0, f"{raw}; start it with --logprobs-mode processed_logprobs")
+            self.raw = self.raw or (f"{raw}; start it with --logprobs-mode processed_logprobs" if logp else "")
+        require(not self.push or not self.raw, self.raw)
 
     def complete(self, contexts: list, u: Tensor, sampling: Sampling, stops=(), limits=(), memory=None) -> tuple:
         """As Engine's. A row's seed is made of its own noise, whichever server answers. Below top_p 1 the log-probs are
@@ -106,6 +107,7 @@ class ServerEngine(Engine):
             params = common | {"max_tokens": int(limit), "seed": int.from_bytes(digest, "little") >> 1}
             bodies.append({"token_ids": context, "sampling_params": params, "cache_salt": self.tag or "frozen"})
         answers = self.servers.ask(GENERATE, bodies, lambda answer, i: self.check(answer, bodies[i]))
+        require(not self.raw or sampling.temperature in (0, 1), self.raw)  # at temperature 1 both are the same
         return [ids for ids, _ in answers], [logps for _, logps in answers]
 
     def check(self, answer: dict, body: dict) -> tuple[list[int], list[float]]:
