@@ -26,6 +26,7 @@ from posttrain.common.models import from_pretrained
 from posttrain.common.rollout import Rollout
 
 MODELS = "/v1/models"
+ONLY_AT_1 = "a teacher on a server gives log-probs at temperature 1 only; let all temperatures be 1"
 
 
 @cache
@@ -88,7 +89,7 @@ class ServerModel:
     def score(self, rollout: Rollout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Log-probs [N, T] of the sampled tokens, 0 elsewhere, -inf where the teacher rules a token out; an entropy is
         not to be had: NaN on them."""
-        require(temperature == 1, "a teacher on a server gives log-probs at temperature 1 only: --temperature 1")
+        require(temperature == 1, ONLY_AT_1)
         logps, mine = torch.zeros_like(rollout.behaviour_logps), distributed.part(len(rollout))
         rows = torch.arange(len(rollout), device=logps.device)[mine]
         self.recent = {}
@@ -99,8 +100,9 @@ class ServerModel:
         distributed.add_up(logps)
         return logps, torch.where(rollout.loss_mask > 0, torch.nan, 0.0)
 
-    def topk(self, rollout: Rollout, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, rollout: Rollout, k: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens at each sampled token, row after row, and their log-probs.  -> [n, k], [n, k]"""
+        require(temperature == 1, ONLY_AT_1)
         self.k = k  # from now on score() asks for them too, so that a batch is read once
         found = torch.cat([torch.zeros(0, 1 + 2 * k), *self.ask(rollout, k)])
         return found[:, 1 : 1 + k].long().to(self.device), found[:, 1 + k :].to(self.device)
