@@ -4,6 +4,7 @@ Needs an environment of its own: bash scripts/vllm_cpu.sh, then
 POSTTRAIN_VLLM=1 OMP_NUM_THREADS=1 .venv-vllm/bin/pytest -q tests/test_servers.py
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -75,7 +76,8 @@ class Process:
         raise AssertionError(self.log.read_text()[-3000:])
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
@@ -334,8 +336,9 @@ def test_a_run_learns_outlives_a_killed_server_and_resumes_when_all_are_back(ser
     until(cut, 5, run)  # on the other
     servers[0].kill()
     _, errors = run.communicate(timeout=600)
-    assert run.returncode == 2 and len(errors.strip().splitlines()) == 1, errors
-    assert all(server.url in errors for server in servers) and "--resume" in errors
+    last = errors.strip().splitlines()[-1]  # torch may have warned before
+    assert run.returncode == 2 and last.startswith("error: ") and "Traceback" not in errors, errors
+    assert all(server.url in last for server in servers) and "--resume" in last
     assert any((cut / "checkpoint").glob("step-*"))
     for server in servers:
         server.start()
