@@ -99,7 +99,9 @@ class Servers:
 
     def give_up(self, what: str = "no server answers as it should") -> UserError:
         causes = "; ".join(f"{each.url}: {each.cause}" for each in self.servers if each.cause)
-        return UserError(f"{self.flag}: {what} ({causes}): start what failed again, then this command with --resume")
+        return UserError(
+            f"{self.flag}: {what} ({causes}): start them again, then this command, with --resume if its run had begun"
+        )
 
     async def call(self, client: httpx.AsyncClient, url: str, path: str, body: dict | None = None) -> Any:
         """The JSON that a server answers, to a POST if there is a body. Raises UserError where it refuses."""

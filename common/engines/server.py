@@ -77,12 +77,15 @@ class ServerEngine(Engine):
             try:
                 await call("/collective_rpc", order)
             except Failure as failure:
-                raise Failure(f"cannot load {folder} ({failure}); --out must be on a disk that it reads") from None
+                raise Failure(
+                    f"cannot load {folder} ({failure}); serve the run's --model, and keep --out on a disk that it reads"
+                ) from None
             try:
                 await call("/collective_rpc", {"method": "repack_heads"})
             except Failure as failure:  # a GPU's worker needs none
-                mend = "; on CPUs start it with PYTHONPATH=methods and the --worker-extension-cls of engines/worker.py"
-                require("'CPUWorker' object has no attribute" not in str(failure), f"--rollout {server.url}: old{mend}")
+                stale = f"--rollout {server.url} runs on a CPU and would keep its old LM head: start it with "
+                stale += "PYTHONPATH=methods and --worker-extension-cls posttrain.common.engines.worker.Worker"
+                require("'CPUWorker' object has no attribute" not in str(failure), stale)
                 if "has no attribute 'repack_heads'" not in str(failure):
                     raise
             await call("/update_weight_version", {"new_version": self.tag})
