@@ -30,6 +30,7 @@ class Engines(System):
 
     vllm_memory: float = 0.4  # share of a GPU for --rollout vllm: its weights and key-value cache
     vllm_sleep: bool = False  # --rollout vllm: give that memory to the trainer between rollouts
+    server_seconds: float = 600.0  # longest wait for one answer of a vLLM server
     teacher_cache: str = ""  # folder that keeps what a teacher on a server (--teacher http://...) said, by content
 
 
@@ -57,7 +58,7 @@ POSITIVE = {"lr", "steps", "prompts_per_step", "max_new_tokens", "micro_batch_to
 POSITIVE |= {"max_grad_norm", "group_size", "minibatches", "epochs", "top_k", "repeats", "problems", "samples"}
 POSITIVE |= {"max_turns", "bank_size", "summary_tokens", "critique_tokens", "kd_temperature", "iters", "max_length"}
 POSITIVE |= {"mlot_top", "tau", "eps", "k", "gamma", "keep_every", "eval_draws", "width", "layers", "heads"}
-POSITIVE |= {"vllm_memory", "processes"}
+POSITIVE |= {"vllm_memory", "processes", "server_seconds"}
 ANY = {"margin_delta", "balance_ratio"}  # negative or infinite values have a meaning
 
 

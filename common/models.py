@@ -54,7 +54,11 @@ def from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
 
 
 def load_tokenizer(name: str, ends: bool = True) -> "transformers.PreTrainedTokenizerBase":
-    """ends: refuse one without an end of text."""
+    """ends: refuse one without an end of text. For a model on a server, the tokenizer of what it serves."""
+    if name.startswith(("http://", "https://")):
+        from posttrain.common.engines.teacher import served
+
+        name = served(name)["root"]
     tokenizer = from_pretrained(transformers.AutoTokenizer, name)
     has = tokenizer.eos_token_id is not None or (not ends and tokenizer.pad_token_id is not None)
     require(has, f"the tokenizer of {name!r} has no eos_token; set it in its folder")
@@ -75,10 +79,10 @@ def load_model(
     mixed = train and dtype == "bfloat16"
     options = {"dtype": torch.float32 if mixed else getattr(torch, dtype), "output_loading_info": True, **fresh}
     if name.startswith(("http://", "https://")):
-        from posttrain.common.engines.server import ServerModel
+        from posttrain.common.engines.teacher import ServerModel
 
         require(not train, f"{name!r} is on a server and cannot train here: give --model a folder or hub name")
-        return ServerModel(name, device)
+        return ServerModel(name, device, getattr(SYSTEM, "teacher_cache", ""))
     model, found = from_pretrained(kind or transformers.AutoModelForCausalLM, name, **options)
     lacks = f"{name!r} lacks weights of a {type(model).__name__}: {', '.join(sorted(found['missing_keys'])[:3])}"
     require(fresh or not found["missing_keys"], f"{lacks}; choose a model with this head")

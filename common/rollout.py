@@ -315,4 +315,4 @@ def make_engine(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBa
     require(all(url.startswith(("http://", "https://")) for url in kind.split(",")), f"--rollout {kind!r}: {known}")
     from posttrain.common.engines.server import ServerEngine
 
-    return ServerEngine(model, tokenizer, kind, push=not urls)
+    return ServerEngine(model, tokenizer, kind, push=not urls, out=getattr(config, "out", ""))

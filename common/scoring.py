@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.common import distributed
+from posttrain.common.cli import require
 from posttrain.common.models import autocast, plain
 from posttrain.common.rollout import Rollout
 from posttrain.kernels.logprob import linear_token_logp
 
+ONLY_LOGPS = "a teacher on a server gives log-probs of tokens only; choose an estimator that needs no more"
+
 
 def lm_head(model: nn.Module) -> dict[str, Any]:
     """The LM head as arguments of `kernels/`: weight [V, H], bias [V] or None, softcap or None (Gemma-2)."""
+    require(not hasattr(model, "urls"), ONLY_LOGPS)
     head, dtype = plain(model).get_output_embeddings(), getattr(model, "autocast_dtype", None)
     weight = head.weight.to(dtype or head.weight.dtype)  # as autocast would; the logits are fp32 all the same
     softcap = getattr(plain(model).config.get_text_config(), "final_logit_softcapping", None)
@@ -31,6 +35,7 @@ def sampled_hidden(model: nn.Module, rollout: Rollout, **inputs: Any) -> Tensor:
     inputs: what a multimodal model takes for these rows besides tokens, such as pixel_values.
     """
     tokens, sampled = rollout.tokens.new_zeros(1, 1), rollout.loss_mask.new_zeros(1, 1).bool()  # no rows: [0, H]
+    require(not hasattr(model, "urls"), ONLY_LOGPS)
     if len(rollout):
         width = int(rollout.attention_mask.sum(1).max())  # the shared width may be padding for these rows
         tokens, sampled = rollout.tokens[:, :width], rollout.loss_mask[:, :width].bool()
@@ -89,7 +94,12 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
 def score(
     model: nn.Module, rollout: Rollout, max_tokens: int, temperature: float = 1.0, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """token_logps of the whole rollout without gradient, micro-batch by micro-batch.  -> [N, T], [N, T]"""
+    """token_logps of the whole rollout without gradient, micro-batch by micro-batch.  -> [N, T], [N, T]
+
+    A model on a server knows no entropy (NaN), and log-probs of its whole vocabulary at temperature 1 only.
+    """
+    if hasattr(model, "urls"):
+        return model.score(rollout, temperature)
     logps, entropies = torch.zeros_like(rollout.behaviour_logps), torch.zeros_like(rollout.behaviour_logps)
     for rows in micro_batches(rollout, max_tokens):
         logps[rows], entropies[rows] = token_logps(model, rollout[rows], temperature, vocab_size)

@@ -164,14 +164,14 @@ def teacher_divergence(policy, hidden: Tensor, teacher, teacher_hidden: Tensor, 
     """Eq. 1 or 2 at each sampled token, with gradient for the student.  [n, Hs], [n, Ht] -> D [n], diagnostics [n]"""
     kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(config.beta, "jsd")
     shared = {"temperature": config.divergence_temperature, "vocab_size": vocab_size}
-    ours, theirs = lm_head(policy), lm_head(teacher)
+    ours, theirs = lm_head(policy), {} if isinstance(teacher_hidden, tuple) else lm_head(teacher)
     if config.est == "full":
         sides = {f"student_{k}": v for k, v in ours.items()} | {f"teacher_{k}": v for k, v in theirs.items()}
         return linear_divergence(
             hidden, teacher_hidden=teacher_hidden, kind=kind, beta=config.beta, **sides, **shared
         ), {}
     with torch.no_grad():
-        ids, logps = linear_topk_logp(teacher_hidden, k=config.top_k, **theirs, **shared)
+        ids, logps = linear_topk_logp(teacher_hidden, k=config.top_k, **theirs, **shared) if theirs else teacher_hidden
         student_ids, student_logps = linear_topk_logp(hidden, k=config.top_k, **ours, **shared)
         known = (student_ids[:, :, None] == ids[:, None, :]).any(-1)
         measured = {"overlap": known.to(logps).mean(-1), "teacher_mass": logps.exp().sum(-1),
@@ -240,6 +240,9 @@ def main(config: Config) -> None:
     else:
         teacher = load_model(config.teacher, device, config.dtype, train=False)
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
+    direct = config.est in ("full", "topk")  # these read the teacher's whole distribution, or a server's lists of K
+    lists = getattr(teacher, "topk", None) if (config.est, config.support) == ("topk", "teacher") else None
+    require(lists or not direct or lm_head(teacher), "")  # a teacher on a server without lists is told now
     engine = make_engine(policy, tokenizer, config)
     teacher_engine = make_engine(teacher, teacher_tokenizer)
     require(config.top_k <= vocab_size, f"--top-k {config.top_k} exceeds the vocabulary of {vocab_size} tokens")
@@ -282,8 +285,7 @@ def main(config: Config) -> None:
             mask = mask * ~torch.isin(rollout.tokens, torch.tensor(engine.stop_ids, device=device))
         mask = prefix_mask(mask, config.prefix_frac)
         teacher_logps, teacher_entropy = torch.zeros_like(behaviour_logps), torch.zeros_like(behaviour_logps)
-        direct = config.est in ("full", "topk")  # these read the teacher's whole distribution, below
-        if sft or not direct:
+        if sft or lists or not direct:
             scores = score(teacher, seen, config.micro_batch_tokens, config.temperature, vocab_size)
             teacher_logps, teacher_entropy = (carry(x, seen, rollout) for x in scores)
             teacher_logps = teacher_logps.clamp(min=-50)  # -inf is a token that the teacher masks
@@ -311,9 +313,12 @@ def main(config: Config) -> None:
                 token_loss = -logps
             elif direct:
                 with torch.no_grad():
-                    teacher_hidden = sampled_hidden(teacher, seen[rows])  # [n, Ht], row for row with hidden
-                    scores = token_logps(teacher, seen[rows], config.temperature, vocab_size, teacher_hidden)
-                    teacher_logps[rows], teacher_entropy[rows] = (carry(x, seen[rows], batch) for x in scores)
+                    if lists:
+                        teacher_hidden = lists(seen[rows], config.top_k, config.divergence_temperature)
+                    else:
+                        teacher_hidden = sampled_hidden(teacher, seen[rows])  # [n, Ht], row for row with hidden
+                        scores = token_logps(teacher, seen[rows], config.temperature, vocab_size, teacher_hidden)
+                        teacher_logps[rows], teacher_entropy[rows] = (carry(x, seen[rows], batch) for x in scores)
                 divergence, measured = teacher_divergence(policy, hidden, teacher, teacher_hidden, vocab_size, config)
                 token_loss = config.kl_coef * scatter(divergence, batch)
                 stats.tokens(m, {key: scatter(value, batch) for key, value in measured.items()}, count=False)
