@@ -1,0 +1,225 @@
+"""--dry-run: the memory that a run will take on each process, before anything is loaded or written.
+
+Models are built from their config alone, of tensors with shapes and no storage, and a forward pass of one micro-batch
+goes through them: parameters, activations and key-value caches are counted where torch would allocate them, for any
+architecture. At one time there are, beside what a model's copy on this process holds at rest (W weights, O moments):
+
+    sample   W + O + the key-value cache of the rows that the engine has at a time + a step's logits
+    score    W + O + one layer's work + a chunk of logits
+    update   W + O + gradients + what autograd keeps of a micro-batch + a chunk of logits + the head's new gradient
+    step     W + O + gradients + one copy of them that AdamW makes on a GPU
+
+On top come the process itself (libraries, a CUDA context: about 0.5 GiB each) and what the allocator leaves unused.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from posttrain.common.cli import require
+from posttrain.common.models import add_lora, from_pretrained, plain
+from posttrain.common.rollout import BATCH_TOKENS
+from posttrain.kernels.head import chunk_rows
+
+PROMPT = 256  # tokens of a prompt: tasks are not loaded either
+FLOAT, GIB = 4, 2**30
+
+
+def causal_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options) -> tuple:
+    """Flash attention, forced: torch would fall back to its plain form, [T, T] scores and all, on tensors of no device.
+
+    Transformers builds no mask for a function that it does not know.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # as autocast does
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(query, key, value, 0.0, True, scale=options.get("scaling"))[0].transpose(1, 2).contiguous(), None
+
+
+def models_of(config: Any) -> dict[str, tuple[str, bool]]:
+    """Part -> model, and whether it is kept as a model that trains, in fp32. Flags mean the same in all methods."""
+    flags = vars(config)
+    parts = {"policy": (config.model, True)}
+    # Only where a reference can be refreshed is beta the weight of a KL to it.
+    if (flags.get("beta") and "ref_every" in flags) or flags.get("reference") == "base":
+        parts["reference"] = (config.model, True)
+    itself = flags.get("teacher", "self") == "self" and flags.get("teacher_sync", "live") != "live"
+    if itself or flags.get("opsd_teacher", "current") != "current":
+        parts["teacher"] = (config.model, True)
+    others = {"teacher": ("", "self"), "critic": ("", "task", "correctness", "self"), "summarizer": ("rules", "self")}
+    for part, built_in in others.items():
+        names = dict.fromkeys(name.rpartition("=")[2] for name in flags.get(part, built_in[0]).split(","))
+        names = [name for name in names if name not in built_in and not name.startswith(("column:", "http:", "https:"))]
+        parts |= {f"{part} {name}" if len(names) > 1 else part: (name, False) for name in names}
+    return parts
+
+
+def skeleton(name: str, dtype: str, lora_rank: int = 0, train: bool = True) -> nn.Module:
+    """load_model's model on the meta device. UserError where there is none of this name."""
+    settings = from_pretrained(transformers.AutoConfig, name)
+    known = type(settings) in transformers.AutoModelForCausalLM._model_mapping
+    require(known, f"{name!r} is no causal language model: its config says {settings.model_type}; choose another")
+    transformers.AttentionInterface.register("dry_run", causal_attention)
+    mixed = train and dtype == "bfloat16"
+    how = {"dtype": torch.float32 if mixed else getattr(torch, dtype), "attn_implementation": "dry_run"}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(settings, **how).eval().requires_grad_(train)
+        model = add_lora(model, lora_rank) if lora_rank and train else model
+    model.autocast_dtype = torch.bfloat16 if mixed else None
+    return model
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def forward(model: nn.Module, rows: int, width: int, pack: Callable = lambda x: x, **options: Any) -> None:
+    """The body on [rows, width] tokens, as on a CPU but without storage; pack sees what autograd keeps, no weights."""
+    body, dtype = plain(model).base_model, model.autocast_dtype
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+        named = itertools.chain(body.named_parameters(), body.named_buffers())
+        state = {name: torch.empty(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) for name, x in named}
+        weights = {x.untyped_storage()._cdata for x in state.values()}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: x if x.untyped_storage()._cdata in weights else pack(x), lambda x: x
+        ):
+            torch.func.functional_call(body, state, torch.zeros(rows, width, dtype=torch.int64), options)
+
+
+def activations(model: nn.Module, rows: int, width: int, checkpointing: bool = False) -> tuple[int, int]:
+    """Bytes that autograd keeps of [rows, width] tokens for the backward pass, and those of the largest layer."""
+    kept, sizes, inputs, place = {}, Counter(), {}, ["rest"]
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in kept:  # kept holds it, so that no other takes its address
+            kept[storage._cdata] = storage
+            sizes[place[0]] += storage.nbytes()
+        return x
+
+    def enter(layer: nn.Module, args: tuple) -> None:
+        place[0], inputs[layer] = layer, args[0].nbytes
+
+    def leave(*_: Any) -> None:
+        place[0] = "rest"
+
+    hooks = [h for m in layers_of(model) for h in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    forward(model, rows, width, pack, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    rest = sizes.pop("rest", 0)
+    largest = max(sizes.values(), default=0)
+    return rest + (sum(inputs.values()) + largest if checkpointing else sizes.total()), largest
+
+
+@torch.no_grad()
+def cache_bytes(model: nn.Module, rows: int, width: int) -> int:
+    """Keys and values of [rows, width] tokens."""
+    cache = transformers.DynamicCache(config=model.config)
+    forward(model, rows, width, past_key_values=cache, use_cache=True)
+    return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def at_rest(model: nn.Module, shards: int = 1) -> dict[str, int]:
+    """Numbers of parameters (tied ones once), and bytes of them on a process, their gradients' and AdamW's moments'.
+
+    gathered: what FSDP assembles at one time, the largest layer and what is outside of layers.
+    """
+    weights, layers = list(model.parameters()), [list(layer.parameters()) for layer in layers_of(model)]
+    trained, total = sum(p.numel() for p in weights if p.requires_grad), sum(p.nbytes for p in weights)
+    within = [sum(p.nbytes for p in layer) for layer in layers]
+    gathered = total - sum(within) + max(within, default=0) if shards > 1 else 0
+    share = {"weights": total, "gradients": FLOAT * trained, "moments": 2 * FLOAT * trained}
+    counts = {"parameters": sum(p.numel() for p in weights), "trained": trained, "gathered": gathered}
+    return counts | {name: -(-size // shards) for name, size in share.items()}
+
+
+def rows_at_once(prompts: int, group: int, longest: int) -> int:
+    """Of HFEngine.generate, which answers as many prompts at a time as BATCH_TOKENS allow."""
+    return min(prompts, max(1, BATCH_TOKENS // (group * longest))) * group
+
+
+def estimate(config: Any) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """Bytes on one process: what each model holds at rest, and what each phase adds. UserError: no such model."""
+    n, bf16 = config.system.processes, config.dtype == "bfloat16"
+    gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
+    longest, prompts = PROMPT + config.max_new_tokens, -(-config.prompts_per_step // n)
+    rows = prompts * config.group_size
+    batch = min(rows, max(1, config.micro_batch_tokens // longest))  # rows of a micro-batch
+    models: dict[str, dict[str, int]] = {}
+    phases: dict[str, dict[str, int]] = {name: Counter() for name in ("sample", "score", "update", "step")}
+    for part, (name, as_trained) in models_of(config).items():
+        trains = part == "policy"
+        model = skeleton(name, config.dtype, config.lora_rank if trains else 0, as_trained)
+        head = plain(model).get_output_embeddings().weight  # [V, H]
+        kept, layer = activations(model, batch, longest, config.system.checkpointing)
+        models[part] = at_rest(model.requires_grad_(False) if not trains else model, shards_of(config))
+        chunk = min(chunk_rows(len(head), "cuda" if gpu else "cpu"), batch * longest) * len(head)
+        chunk = chunk * (FLOAT + 2 * (bf16 and gpu)) + 2 * head.numel() * (bf16 and as_trained)  # and W's cast
+        work = {"activations": layer, "logits": chunk, "gathered": models[part]["gathered"]}
+        phases["score"] = max(phases["score"], work, key=lambda each: sum(each.values()))
+        if trains and config.rollout == "hf":
+            played = max(
+                rows_at_once(prompts, config.group_size, longest),
+                rows_at_once(-(-config.eval_problems // n), config.eval_samples, longest),
+            )
+            step = 4 * FLOAT * played * len(head)  # logits, log-probs, probabilities and their sums of one token
+            phases["sample"] |= {"cache": cache_bytes(model, played, longest), "logits": step}
+        if trains:
+            held = models[part]
+            phases["sample"]["gathered"] = held["gathered"]
+            gradients = {"gradients": held["gradients"], "gathered": 2 * held["gathered"]}  # of weights and gradients
+            new = FLOAT * head.numel() * head.requires_grad  # the head's gradient, before it is added to what is there
+            phases["update"] |= gradients | {"activations": kept, "logits": chunk + new}
+            phases["step"] |= {"gradients": held["gradients"], "copy": held["gradients"] * gpu}
+    batch_size = rows * longest * (2 * 8 + 8 * FLOAT)  # ids and turns; masks, log-probs, weights
+    for phase in phases.values():
+        phase["rollout"] = batch_size
+    return models, phases
+
+
+def shards_of(config: Any) -> int:
+    return config.system.processes if config.system.shard == "fsdp" else 1
+
+
+def report(config: Any) -> None:
+    """Prints the estimate. UserError where a flag names no model."""
+    if not hasattr(config, "rollout"):
+        print("--dry-run has no estimate for this method: its models are no policies that sample (and are small)")
+        return
+    models, phases = estimate(config)
+    system, console = config.system, Console(highlight=False)
+    table = Table(title=f"One of {system.processes} processes at rest, GiB", title_justify="left")
+    for column in ("", "parameters", "trained", "weights", "optimizer"):
+        table.add_column(column, justify="right" if column else "left")
+    for part, held in models.items():
+        sizes = (f"{held[key] / GIB:.3f}" for key in ("weights", "moments"))
+        table.add_row(part, f"{held['parameters']:,}", f"{held['trained']:,}", *sizes)
+    console.print(table)
+    rest = {f"{key} of the {part}": held[key] for part, held in models.items() for key in ("weights", "moments")}
+    waits = system.cpu_offload and system.shard == "fsdp"
+    columns = ("gradients", "gathered", "activations", "cache", "logits", "rollout", "copy")
+    table = Table(title="Each phase of a step, GiB", title_justify="left")
+    for column in ("", "at rest", *columns, "together"):
+        table.add_column(column, justify="right" if column else "left")
+    peaks = {}
+    for name, phase in phases.items():
+        on_cpu = phase.get("gradients", 0) if waits else 0
+        peaks[name] = sum(phase.values()) - on_cpu + (0 if waits else sum(rest.values()))
+        sizes = (0 if waits else sum(rest.values()), *(phase.get(column, 0) for column in columns), peaks[name])
+        table.add_row(name, *(f"{size / GIB:.3f}" if size else "" for size in sizes))
+    console.print(table)
+    highest = max(peaks, key=peaks.get)
+    parts = ({} if waits else rest) | {f"{key} ({highest})": size for key, size in phases[highest].items()}
+    largest = max(parts, key=parts.get)
+    total = peaks[highest] * system.processes / GIB
+    print(f"Peak: {peaks[highest] / GIB:.3f} GiB a process, in {highest}; {total:.3f} GiB in all")
+    print(f"Largest part: {largest}, {parts[largest] / peaks[highest]:.0%}")
