@@ -13,7 +13,7 @@ On top come the process itself (libraries, a CUDA context: about 0.5 GiB each) a
 """
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -25,13 +25,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from posttrain.common.cli import require
+from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.models import add_lora, from_pretrained, plain
 from posttrain.common.rollout import BATCH_TOKENS
 from posttrain.kernels.head import chunk_rows
 
 PROMPT = 256  # tokens of a prompt: tasks are not loaded either
 FLOAT, GIB = 4, 2**30
+PHASES = ("sample", "score", "update", "step")
 
 
 def causal_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options) -> tuple:
@@ -62,17 +63,17 @@ def models_of(config: Any) -> dict[str, tuple[str, bool]]:
     return parts
 
 
-def skeleton(name: str, dtype: str, lora_rank: int = 0, train: bool = True) -> nn.Module:
-    """load_model's model on the meta device. UserError where there is none of this name."""
+def skeleton(name: str, dtype: str, lora_rank: int, as_trained: bool) -> nn.Module:
+    """load_model's model on the meta device, not frozen. UserError where there is none of this name."""
     settings = from_pretrained(transformers.AutoConfig, name)
     known = type(settings) in transformers.AutoModelForCausalLM._model_mapping
     require(known, f"{name!r} is no causal language model: its config says {settings.model_type}; choose another")
     transformers.AttentionInterface.register("dry_run", causal_attention)
-    mixed = train and dtype == "bfloat16"
+    mixed = as_trained and dtype == "bfloat16"
     how = {"dtype": torch.float32 if mixed else getattr(torch, dtype), "attn_implementation": "dry_run"}
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(settings, **how).eval().requires_grad_(train)
-        model = add_lora(model, lora_rank) if lora_rank and train else model
+        model = transformers.AutoModelForCausalLM.from_config(settings, **how).eval()
+        model = add_lora(model, lora_rank) if lora_rank else model
     model.autocast_dtype = torch.bfloat16 if mixed else None
     return model
 
@@ -91,7 +92,10 @@ def forward(model: nn.Module, rows: int, width: int, pack: Callable = lambda x: 
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x: x if x.untyped_storage()._cdata in weights else pack(x), lambda x: x
         ):
-            torch.func.functional_call(body, state, torch.zeros(rows, width, dtype=torch.int64), options)
+            try:
+                torch.func.functional_call(body, state, torch.zeros(rows, width, dtype=torch.int64), options)
+            except Exception as error:  # of many types: its code looks at values, which these tensors lack
+                raise UserError(f"--dry-run cannot follow {type(body).__name__} ({first_line(error)})") from None
 
 
 def activations(model: nn.Module, rows: int, width: int, checkpointing: bool = False) -> tuple[int, int]:
@@ -128,7 +132,7 @@ def cache_bytes(model: nn.Module, rows: int, width: int) -> int:
     return sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
 
 
-def at_rest(model: nn.Module, shards: int = 1) -> dict[str, int]:
+def at_rest(model: nn.Module, shards: int = 0) -> dict[str, int]:
     """Numbers of parameters (tied ones once), and bytes of them on a process, their gradients' and AdamW's moments'.
 
     gathered: what FSDP assembles at one time, the largest layer and what is outside of layers.
@@ -136,10 +140,10 @@ def at_rest(model: nn.Module, shards: int = 1) -> dict[str, int]:
     weights, layers = list(model.parameters()), [list(layer.parameters()) for layer in layers_of(model)]
     trained, total = sum(p.numel() for p in weights if p.requires_grad), sum(p.nbytes for p in weights)
     within = [sum(p.nbytes for p in layer) for layer in layers]
-    gathered = total - sum(within) + max(within, default=0) if shards > 1 else 0
+    gathered = total - sum(within) + max(within, default=0) if shards else 0
     share = {"weights": total, "gradients": FLOAT * trained, "moments": 2 * FLOAT * trained}
     counts = {"parameters": sum(p.numel() for p in weights), "trained": trained, "gathered": gathered}
-    return counts | {name: -(-size // shards) for name, size in share.items()}
+    return counts | {name: -(-size // max(1, shards)) for name, size in share.items()}
 
 
 def rows_at_once(prompts: int, group: int, longest: int) -> int:
@@ -148,78 +152,71 @@ def rows_at_once(prompts: int, group: int, longest: int) -> int:
 
 
 def estimate(config: Any) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
-    """Bytes on one process: what each model holds at rest, and what each phase adds. UserError: no such model."""
-    n, bf16 = config.system.processes, config.dtype == "bfloat16"
+    """What each model holds at rest on one process, and part -> phase -> bytes of a step. UserError: no such model."""
+    system, n, bf16 = config.system, config.system.processes, config.dtype == "bfloat16"
     gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     longest, prompts = PROMPT + config.max_new_tokens, -(-config.prompts_per_step // n)
     rows = prompts * config.group_size
     batch = min(rows, max(1, config.micro_batch_tokens // longest))  # rows of a micro-batch
     models: dict[str, dict[str, int]] = {}
-    phases: dict[str, dict[str, int]] = {name: Counter() for name in ("sample", "score", "update", "step")}
-    for part, (name, as_trained) in models_of(config).items():
-        trains = part == "policy"
+    parts: dict[str, Counter] = defaultdict(Counter)
+    for role, (name, as_trained) in models_of(config).items():
+        trains = role == "policy"
         model = skeleton(name, config.dtype, config.lora_rank if trains else 0, as_trained)
         head = plain(model).get_output_embeddings().weight  # [V, H]
-        kept, layer = activations(model, batch, longest, config.system.checkpointing)
-        models[part] = at_rest(model.requires_grad_(False) if not trains else model, shards_of(config))
+        kept, layer = activations(model, batch, longest, system.checkpointing)
+        held = models[role] = at_rest(model if trains else model.requires_grad_(False), n * (system.shard == "fsdp"))
+        for key in ("weights", "moments"):
+            parts[f"{role}: {key}"] = Counter(dict.fromkeys(PHASES, held[key]))
         chunk = min(chunk_rows(len(head), "cuda" if gpu else "cpu"), batch * longest) * len(head)
-        chunk = chunk * (FLOAT + 2 * (bf16 and gpu)) + 2 * head.numel() * (bf16 and as_trained)  # and W's cast
-        work = {"activations": layer, "logits": chunk, "gathered": models[part]["gathered"]}
-        phases["score"] = max(phases["score"], work, key=lambda each: sum(each.values()))
-        if trains and config.rollout == "hf":
-            played = max(
-                rows_at_once(prompts, config.group_size, longest),
-                rows_at_once(-(-config.eval_problems // n), config.eval_samples, longest),
-            )
-            step = 4 * FLOAT * played * len(head)  # logits, log-probs, probabilities and their sums of one token
-            phases["sample"] |= {"cache": cache_bytes(model, played, longest), "logits": step}
-        if trains:
-            held = models[part]
-            phases["sample"]["gathered"] = held["gathered"]
-            gradients = {"gradients": held["gradients"], "gathered": 2 * held["gathered"]}  # of weights and gradients
-            new = FLOAT * head.numel() * head.requires_grad  # the head's gradient, before it is added to what is there
-            phases["update"] |= gradients | {"activations": kept, "logits": chunk + new}
-            phases["step"] |= {"gradients": held["gradients"], "copy": held["gradients"] * gpu}
-    batch_size = rows * longest * (2 * 8 + 8 * FLOAT)  # ids and turns; masks, log-probs, weights
-    for phase in phases.values():
-        phase["rollout"] = batch_size
-    return models, phases
-
-
-def shards_of(config: Any) -> int:
-    return config.system.processes if config.system.shard == "fsdp" else 1
+        logits = chunk * (FLOAT + 2 * (bf16 and gpu)) + 2 * head.numel() * (bf16 and as_trained)  # and W's bf16 copy
+        parts["activations"] |= {"score": layer}  # the larger of these and of other models'
+        parts["logits"] |= {"score": logits}
+        parts["gathered by FSDP"] |= {"score": held["gathered"]}
+        if not trains:
+            continue
+        parts["activations"]["update"], parts["logits"]["update"] = kept, logits
+        parts["head's new gradient"]["update"] = FLOAT * head.numel() * head.requires_grad  # before it is added
+        parts["gradients"] |= dict.fromkeys(("update", "step"), held["gradients"])
+        parts["AdamW's copy"]["step"] = held["gradients"] * gpu
+        parts["gathered by FSDP"] |= {"sample": held["gathered"], "update": 2 * held["gathered"]}  # and its gradients
+        if config.rollout == "hf":
+            tested = rows_at_once(-(-config.eval_problems // n), config.eval_samples, longest)
+            played = max(tested, rows_at_once(prompts, config.group_size, longest))
+            parts["key-value cache"]["sample"] = cache_bytes(model, played, longest)
+            parts["logits"]["sample"] = 4 * FLOAT * played * len(head)  # and log-probs, probabilities, their sums
+    parts["rollout"] = Counter(dict.fromkeys(PHASES, rows * longest * (2 * 8 + 8 * FLOAT)))  # 2 of int64, 8 of fp32
+    return models, parts
 
 
 def report(config: Any) -> None:
     """Prints the estimate. UserError where a flag names no model."""
     if not hasattr(config, "rollout"):
-        print("--dry-run has no estimate for this method: its models are no policies that sample (and are small)")
+        print("--dry-run: no estimate for this method, whose models are no policies that sample text")
         return
-    models, phases = estimate(config)
-    system, console = config.system, Console(highlight=False)
-    table = Table(title=f"One of {system.processes} processes at rest, GiB", title_justify="left")
-    for column in ("", "parameters", "trained", "weights", "optimizer"):
+    (models, parts), system = estimate(config), config.system
+    waiting = {}
+    if system.cpu_offload and system.shard == "fsdp":
+        waiting = {part: parts.pop(part) for part in list(parts) if ":" in part or part == "gradients"}
+    for role, held in models.items():
+        print(f"{role}: {held['parameters']:,} parameters, of which {held['trained']:,} train")
+    table = Table(title=f"GiB on each of {system.processes} processes", title_justify="left")
+    for column in ("", *PHASES):
         table.add_column(column, justify="right" if column else "left")
-    for part, held in models.items():
-        sizes = (f"{held[key] / GIB:.3f}" for key in ("weights", "moments"))
-        table.add_row(part, f"{held['parameters']:,}", f"{held['trained']:,}", *sizes)
-    console.print(table)
-    rest = {f"{key} of the {part}": held[key] for part, held in models.items() for key in ("weights", "moments")}
-    waits = system.cpu_offload and system.shard == "fsdp"
-    columns = ("gradients", "gathered", "activations", "cache", "logits", "rollout", "copy")
-    table = Table(title="Each phase of a step, GiB", title_justify="left")
-    for column in ("", "at rest", *columns, "together"):
-        table.add_column(column, justify="right" if column else "left")
-    peaks = {}
-    for name, phase in phases.items():
-        on_cpu = phase.get("gradients", 0) if waits else 0
-        peaks[name] = sum(phase.values()) - on_cpu + (0 if waits else sum(rest.values()))
-        sizes = (0 if waits else sum(rest.values()), *(phase.get(column, 0) for column in columns), peaks[name])
-        table.add_row(name, *(f"{size / GIB:.3f}" if size else "" for size in sizes))
-    console.print(table)
-    highest = max(peaks, key=peaks.get)
-    parts = ({} if waits else rest) | {f"{key} ({highest})": size for key, size in phases[highest].items()}
-    largest = max(parts, key=parts.get)
-    total = peaks[highest] * system.processes / GIB
-    print(f"Peak: {peaks[highest] / GIB:.3f} GiB a process, in {highest}; {total:.3f} GiB in all")
-    print(f"Largest part: {largest}, {parts[largest] / peaks[highest]:.0%}")
+    for part, sizes in parts.items():
+        if any(sizes.values()):
+            table.add_row(part, *(f"{sizes[phase] / GIB:.3f}" if sizes[phase] else "" for phase in PHASES))
+    together = {phase: sum(sizes[phase] for sizes in parts.values()) for phase in PHASES}
+    table.add_section()
+    table.add_row("together", *(f"{together[phase] / GIB:.3f}" for phase in PHASES))
+    Console(highlight=False).print(table)
+    peak = max(PHASES, key=together.get)
+    largest = max(parts, key=lambda part: parts[part][peak])
+    share, all_processes = parts[largest][peak] / together[peak], together[peak] * system.processes / GIB
+    print(f"Peak in {peak}: {together[peak] / GIB:.3f} GiB a process, {all_processes:.3f} GiB in all")
+    print(f"Largest part: {largest}, {share:.0%}. Prompts are taken as {PROMPT} tokens")
+    if waiting:
+        print(f"In CPU memory wait {sum(sizes['step'] for sizes in waiting.values()) / GIB:.3f} GiB a process")
+    if config.rollout == "vllm":
+        when = "in sample alone" if system.vllm_sleep else "in all phases"
+        print(f"vLLM takes {system.vllm_memory:.0%} of each GPU on top, {when}")
