@@ -13,6 +13,7 @@ On top come the process itself (libraries, a CUDA context: about 0.5 GiB each) a
 """
 
 import itertools
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,8 @@ from posttrain.kernels.head import chunk_rows
 PROMPT = 256  # tokens of a prompt: tasks are not loaded either
 FLOAT, GIB = 4, 2**30
 PHASES = ("sample", "score", "update", "step")
+
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # one line of ours is enough
 
 
 def causal_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options) -> tuple:

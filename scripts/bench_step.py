@@ -7,9 +7,9 @@ pass), and the first step of a process, which allocates, is not counted.
     sample, score, update   seconds of a step: rollout with grading; the reference's log-probs; losses to optimizer step
     peak                    growth of the process's memory over what it was when the policy had been loaded (on a GPU:
                             of torch's allocations), so gradients, moments and the reference count
-    ratio                   ours over theirs, below 1 is better: median, and smallest and largest over the turns
-TRL accumulates gradients over micro-batches of --micro-rows as ours does, takes all rows at one time, or recomputes
-activations (its default). Its other settings: fp32, eager attention never, key-value cache on, no logs, no saves.
+    to TRL                  a row's figure over TRL's of the same turn: median (smallest-largest); below 1 is better
+TRL accumulates gradients over micro-batches of --micro-rows as ours does, or takes all rows at one time, or recomputes
+activations (its default). All sides: fp32, SDPA attention, key-value cache, AdamW; no logs, no saves, no evaluation.
 
 Run: pip install -r requirements.txt -r requirements-bench.txt
      python scripts/get_smollm2.py --out models/SmolLM2-135M-Instruct
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -49,6 +49,7 @@ from posttrain.common.tasks import Example, make_task
 PHASES = ("sample", "score", "update")
 SIDES = {  # -> its own settings
     "ours": {},
+    "ours, prompts read once": {"share_prompts": True},
     "TRL": {},
     "TRL, all rows at once": {"whole": True},
     "TRL, recomputing": {"gradient_checkpointing": True},
@@ -69,7 +70,7 @@ class Config:
     repeats: int = 3  # turns, each a process a side
     threads: int = 1  # CPU threads
     device: str = "cpu"  # cpu or cuda
-    sides: tuple[str, ...] = tuple(SIDES)  # ours first
+    sides: tuple[Literal[tuple(SIDES)], ...] = tuple(SIDES)  # TRL among them
     out: str = "scripts/results/bench_step.json"  # figures, machine, versions and flags; empty = print only
     child: str = ""  # for the script itself: a JSON file that says what to run, into which the figures go
 
@@ -112,7 +113,7 @@ def resident(key: str) -> int:
     return int(re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def run_ours(job: SimpleNamespace, meter: Meter) -> list[dict[str, list[float]]]:
+def run_ours(job: SimpleNamespace, meter: Meter, **flags: Any) -> list[dict[str, list[float]]]:
     from posttrain.methods import grpo
 
     def load(*args: Any, **kwargs: Any) -> torch.nn.Module:
@@ -132,7 +133,7 @@ def run_ours(job: SimpleNamespace, meter: Meter) -> list[dict[str, list[float]]]
         grpo.Config(
             **shared, task=job.file, reward=f"{__file__}:variety", prompts_per_step=job.prompts, beta=job.beta, kl="k3",
             micro_batch_tokens=job.micro_tokens, device=job.device, schedule="constant", warmup=0, eval_every=0,
-            eval_problems=1, eval_samples=1, save_every=0, out=job.folder,
+            eval_problems=1, eval_samples=1, save_every=0, out=job.folder, **flags,
         )
     )  # fmt: skip
     marks = [meter.marks[i : i + 4] for i in range(0, len(meter.marks), 4)]  # before and after each phase
@@ -210,7 +211,7 @@ def pair(a: Any, b: Any) -> list[float]:
 def work(job: SimpleNamespace) -> None:
     meter = Meter(job.device)
     torch.set_num_threads(job.threads)
-    steps = run_ours(job, meter) if job.side == "ours" else run_trl(job, meter, **SIDES[job.side])
+    steps = (run_ours if job.side.startswith("ours") else run_trl)(job, meter, **SIDES[job.side])
     figures = {"steps": steps, "peak": meter.peak, "base": meter.base}
     Path(job.record).write_text(json.dumps(figures))
 
@@ -261,8 +262,7 @@ def main(config: Config) -> None:
     if config.child:
         return work(SimpleNamespace(**json.loads(Path(config.child).read_text())))
     require(importlib.util.find_spec("trl"), "TRL is not installed: pip install -r requirements-bench.txt")
-    unknown = [side for side in config.sides if side not in SIDES]
-    require(not unknown and config.sides[:1] == ("ours",), f"--sides begins with ours; the others: {list(SIDES)[1:]}")
+    require("TRL" in config.sides, "--sides must have TRL, which the others are compared with")
     require(config.steps > 1, "--steps must be at least 2: the first is not counted")
     rows = config.prompts * config.group_size
     require(rows % min(rows, config.micro_rows) == 0, "--micro-rows must divide --prompts times --group-size")
@@ -296,7 +296,7 @@ def show(console: Console, config: Config, beta: float, turns: dict[str, list]) 
     """Prints one table; with one CPU thread seconds are CPU time, which neighbours on the machine disturb least."""
     clock = int(config.threads == 1 and config.device == "cpu")
     table = Table(title=f"beta {beta:g}: {('wall', 'CPU')[clock]} seconds a step; peak in GiB", title_justify="left")
-    columns = ("", *PHASES, "step", "peak", "ours/theirs: time", "peak memory")
+    columns = ("", *PHASES, "step", "peak", "to TRL: time", "to TRL: peak")
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     out: dict[str, Any] = {}
@@ -306,7 +306,7 @@ def show(console: Console, config: Config, beta: float, turns: dict[str, list]) 
             for i, unit in enumerate(("wall", "cpu"))
         }
         out[side] = {**seconds, "peak_gib": spread([turn["peak"] / 2**30 for turn in mine])}
-        pairs = list(zip(turns["ours"], mine, strict=True))  # of the same turn
+        pairs = list(zip(mine, turns["TRL"], strict=True))  # of the same turn
         for i, unit in enumerate(("wall", "cpu")):
             ratio = [a["seconds"]["step"][i] / b["seconds"]["step"][i] for a, b in pairs]
             out[side][f"ratio_{unit}"] = spread(ratio)
@@ -315,7 +315,7 @@ def show(console: Console, config: Config, beta: float, turns: dict[str, list]) 
         cells = [f"{shown[p]['median']:.3f}" for p in (*PHASES, "step")] + [f"{out[side]['peak_gib']['median']:.3f}"]
         for ratio in (out[side][f"ratio_{('wall', 'cpu')[clock]}"], out[side]["ratio_peak"]):
             cells.append(f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})")
-        table.add_row(side, *(cells if side != "ours" else [*cells[:5], "", ""]))
+        table.add_row(side, *cells)
     console.print(table)
     return out
 
