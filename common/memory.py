@@ -7,12 +7,11 @@ architecture. At one time there are, beside what a model's copy on this process 
     sample   W + O + the key-value cache of the rows that the engine has at a time + a step's logits
     score    W + O + one layer's work + a chunk of logits
     update   W + O + gradients + what autograd keeps of a micro-batch + a chunk of logits + the head's new gradient
-    step     W + O + gradients + one copy of them that AdamW makes on a GPU
+    step     W + O + gradients + one copy of them where processes sum them, and in AdamW on a GPU
 
 On top come the process itself (libraries, a CUDA context: about 0.5 GiB each) and what the allocator leaves unused.
 """
 
-import itertools
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -50,13 +49,13 @@ def causal_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 def models_of(config: Any) -> dict[str, tuple[str, bool]]:
     """Part -> model, and whether it is kept as a model that trains, in fp32. Flags mean the same in all methods."""
-    flags = vars(config)
-    parts = {"policy": (config.model, True)}
+    flags, parts = vars(config), {"policy": (config.model, True)}
+    copies = config.lora_rank == 0  # else the policy's own base serves as its start, see load_start
     # Only where a reference can be refreshed is beta the weight of a KL to it.
-    if (flags.get("beta") and "ref_every" in flags) or flags.get("reference") == "base":
+    if copies and ((flags.get("beta") and "ref_every" in flags) or flags.get("reference") == "base"):
         parts["reference"] = (config.model, True)
     itself = flags.get("teacher", "self") == "self" and flags.get("teacher_sync", "live") != "live"
-    if itself or flags.get("opsd_teacher", "current") != "current":
+    if copies and (itself or flags.get("opsd_teacher", "current") != "current"):
         parts["teacher"] = (config.model, True)
     others = {"teacher": ("", "self"), "critic": ("", "task", "correctness", "self"), "summarizer": ("rules", "self")}
     for part, built_in in others.items():
@@ -66,7 +65,7 @@ def models_of(config: Any) -> dict[str, tuple[str, bool]]:
     return parts
 
 
-def skeleton(name: str, dtype: str, lora_rank: int, as_trained: bool) -> nn.Module:
+def skeleton(name: str, dtype: str, lora_rank: int, as_trained: bool, sharded: bool = False) -> nn.Module:
     """load_model's model on the meta device, not frozen. UserError where there is none of this name."""
     settings = from_pretrained(transformers.AutoConfig, name)
     known = type(settings) in transformers.AutoModelForCausalLM._model_mapping
@@ -78,6 +77,7 @@ def skeleton(name: str, dtype: str, lora_rank: int, as_trained: bool) -> nn.Modu
         model = transformers.AutoModelForCausalLM.from_config(settings, **how).eval()
         model = add_lora(model, lora_rank) if lora_rank else model
     model.autocast_dtype = torch.bfloat16 if mixed else None
+    model.gathered_dtype = torch.bfloat16 if mixed and sharded else None  # FSDP gathers in what layers compute in
     return model
 
 
@@ -87,10 +87,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 def forward(model: nn.Module, rows: int, width: int, pack: Callable = lambda x: x, **options: Any) -> None:
     """The body on [rows, width] tokens, as on a CPU but without storage; pack sees what autograd keeps, no weights."""
-    body, dtype = plain(model).base_model, model.autocast_dtype
+    body, dtype, gathered = plain(model).base_model, model.autocast_dtype, model.gathered_dtype
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
-        named = itertools.chain(body.named_parameters(), body.named_buffers())
-        state = {name: torch.empty(x.shape, dtype=x.dtype).requires_grad_(x.requires_grad) for name, x in named}
+        new = lambda x, dtype=None: torch.empty(x.shape, dtype=dtype or x.dtype).requires_grad_(x.requires_grad)  # noqa: E731
+        state = {name: new(x, gathered) for name, x in body.named_parameters()}
+        state |= {name: new(x) for name, x in body.named_buffers()}
         weights = {x.untyped_storage()._cdata for x in state.values()}
         with torch.autograd.graph.saved_tensors_hooks(
             lambda x: x if x.untyped_storage()._cdata in weights else pack(x), lambda x: x
@@ -138,14 +139,15 @@ def cache_bytes(model: nn.Module, rows: int, width: int) -> int:
 def at_rest(model: nn.Module, shards: int = 0) -> dict[str, int]:
     """Numbers of parameters (tied ones once), and bytes of them on a process, their gradients' and AdamW's moments'.
 
-    gathered: what FSDP assembles at one time, the largest layer and what is outside of layers.
+    gathered: what FSDP has whole at one time, the largest layer and what is outside of layers; whole: all of it.
     """
     weights, layers = list(model.parameters()), [list(layer.parameters()) for layer in layers_of(model)]
-    trained, total = sum(p.numel() for p in weights if p.requires_grad), sum(p.nbytes for p in weights)
-    within = [sum(p.nbytes for p in layer) for layer in layers]
-    gathered = total - sum(within) + max(within, default=0) if shards else 0
-    share = {"weights": total, "gradients": FLOAT * trained, "moments": 2 * FLOAT * trained}
-    counts = {"parameters": sum(p.numel() for p in weights), "trained": trained, "gathered": gathered}
+    size = lambda ps: sum(p.numel() * (model.gathered_dtype or p.dtype).itemsize for p in ps)  # noqa: E731
+    trained, within = sum(p.numel() for p in weights if p.requires_grad), [size(layer) for layer in layers]
+    gathered = {"gathered": size(weights) - sum(within) + max(within, default=0), "whole": size(weights)}
+    share = {"weights": sum(p.nbytes for p in weights), "gradients": FLOAT * trained, "moments": 2 * FLOAT * trained}
+    counts = {"parameters": sum(p.numel() for p in weights), "trained": trained}
+    counts |= gathered if shards else dict.fromkeys(gathered, 0)
     return counts | {name: -(-size // max(1, shards)) for name, size in share.items()}
 
 
@@ -157,22 +159,25 @@ def rows_at_once(prompts: int, group: int, longest: int) -> int:
 def estimate(config: Any) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
     """What each model holds at rest on one process, and part -> phase -> bytes of a step. UserError: no such model."""
     system, n, bf16 = config.system, config.system.processes, config.dtype == "bfloat16"
+    sharded = system.shard == "fsdp"
     gpu = config.device.startswith("cuda") or (config.device == "auto" and torch.cuda.is_available())
     longest, prompts = PROMPT + config.max_new_tokens, -(-config.prompts_per_step // n)
-    rows = prompts * config.group_size
+    rows = prompts * config.group_size  # of this process
     batch = min(rows, max(1, config.micro_batch_tokens // longest))  # rows of a micro-batch
     models: dict[str, dict[str, int]] = {}
     parts: dict[str, Counter] = defaultdict(Counter)
     for role, (name, as_trained) in models_of(config).items():
         trains = role == "policy"
-        model = skeleton(name, config.dtype, config.lora_rank if trains else 0, as_trained)
+        model = skeleton(name, config.dtype, config.lora_rank if trains else 0, as_trained, sharded)
         head = plain(model).get_output_embeddings().weight  # [V, H]
         kept, layer = activations(model, batch, longest, system.checkpointing)
-        held = models[role] = at_rest(model if trains else model.requires_grad_(False), n * (system.shard == "fsdp"))
+        held = models[role] = at_rest(model if trains else model.requires_grad_(False), n * sharded)
         for key in ("weights", "moments"):
             parts[f"{role}: {key}"] = Counter(dict.fromkeys(PHASES, held[key]))
         chunk = min(chunk_rows(len(head), "cuda" if gpu else "cpu"), batch * longest) * len(head)
-        logits = chunk * (FLOAT + 2 * (bf16 and gpu)) + 2 * head.numel() * (bf16 and as_trained)  # and W's bf16 copy
+        logits = chunk * (FLOAT + 2 * (bf16 and gpu)) + 2 * head.numel() * (
+            bf16 and as_trained and not sharded
+        )  # and W's copy
         parts["activations"] |= {"score": layer}  # the larger of these and of other models'
         parts["logits"] |= {"score": logits}
         parts["gathered by FSDP"] |= {"score": held["gathered"]}
@@ -181,14 +186,18 @@ def estimate(config: Any) -> tuple[dict[str, dict[str, int]], dict[str, dict[str
         parts["activations"]["update"], parts["logits"]["update"] = kept, logits
         parts["head's new gradient"]["update"] = FLOAT * head.numel() * head.requires_grad  # before it is added
         parts["gradients"] |= dict.fromkeys(("update", "step"), held["gradients"])
-        parts["AdamW's copy"]["step"] = held["gradients"] * gpu
-        parts["gathered by FSDP"] |= {"sample": held["gathered"], "update": 2 * held["gathered"]}  # and its gradients
+        # Gradients are summed over the processes in one tensor; on a GPU AdamW has as much for a moment.
+        parts["copy of gradients"]["step"] = held["gradients"] * (gpu or (n > 1 and not sharded))
+        parts["gathered by FSDP"] |= {"update": 2 * held["gathered"]}  # and its gradients
         if config.rollout == "hf":
             tested = rows_at_once(-(-config.eval_problems // n), config.eval_samples, longest)
             played = max(tested, rows_at_once(prompts, config.group_size, longest))
             parts["key-value cache"]["sample"] = cache_bytes(model, played, longest)
+            parts["gathered by FSDP"]["sample"] = held["whole"]  # see distributed.whole
             parts["logits"]["sample"] = 4 * FLOAT * played * len(head)  # and log-probs, probabilities, their sums
-    parts["rollout"] = Counter(dict.fromkeys(PHASES, rows * longest * (2 * 8 + 8 * FLOAT)))  # 2 of int64, 8 of fp32
+    parts["rollout"] = Counter(
+        dict.fromkeys(PHASES, n * rows * longest * (2 * 8 + 8 * FLOAT))
+    )  # everywhere; int64, fp32
     return models, parts
 
 

@@ -98,6 +98,7 @@ def test_frozen_models_are_held_in_dtype_and_copies_of_the_policy_in_fp32():
     [
         (grpo.Config(), {"policy"}),
         (grpo.Config(beta=0.1), {"policy", "reference"}),
+        (grpo.Config(beta=0.1, lora_rank=4), {"policy"}),
         (opd.Config(), {"policy", "teacher"}),
         (opd.Config(teacher="self"), {"policy", "teacher"}),
         (opd.Config(teacher="self", teacher_sync="live"), {"policy"}),
@@ -123,7 +124,11 @@ def test_shards_divide_what_is_at_rest_and_one_layer_is_gathered():
         assert shared["policy"][key] == -(-whole["policy"][key] // 4)
     assert 0 < shared["policy"]["gathered"] < whole["policy"]["weights"]
     assert sharded["gathered by FSDP"]["update"] == 2 * shared["policy"]["gathered"]
+    assert sharded["gathered by FSDP"]["sample"] == whole["policy"]["weights"]
     assert not parts["gathered by FSDP"]["update"]
+    half, computing = estimate(grpo.Config(dtype="bfloat16", system=Engines(shard="fsdp", processes=4)))
+    assert 2 * half["policy"]["whole"] == shared["policy"]["whole"]
+    assert computing["activations"]["update"] < sharded["activations"]["update"]
 
 
 def test_memory_grows_with_what_fills_it():
