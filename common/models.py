@@ -29,9 +29,17 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def prepare(config: Any) -> torch.device:
-    """Processes, seeds, CPU threads and device. One thread for the tiny models: two can be twenty times slower."""
+    """Processes, seeds, CPU threads and device. One thread for the tiny models: two can be twenty times slower.
+
+    With --dry-run it ends here, before anything is loaded or written.
+    """
     global SYSTEM
     SYSTEM = getattr(config, "system", SYSTEM)
+    if SYSTEM.dry_run:
+        from posttrain.common.memory import report
+
+        report(config)
+        raise SystemExit(0)
     distributed.start(SYSTEM)
     transformers.set_seed(config.seed)
     if config.threads or (TINY / config.model).is_dir():
@@ -87,12 +95,7 @@ def load_model(
     lacks = f"{name!r} lacks weights of a {type(model).__name__}: {', '.join(sorted(found['missing_keys'])[:3])}"
     require(fresh or not found["missing_keys"], f"{lacks}; choose a model with this head")
     model = model.to(device).eval().requires_grad_(train)
-    if lora_rank and train:
-        from peft import LoraConfig, get_peft_model
-
-        task = "SEQ_CLS" if fresh else None  # the head trains as it is, without adapters
-        lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", task_type=task)
-        model = get_peft_model(model, lora).eval()
+    model = add_lora(model, lora_rank, "SEQ_CLS" if fresh else None) if lora_rank and train else model
     model.autocast_dtype = torch.bfloat16 if mixed else None
     layers = [layer for layer in model.modules() if isinstance(layer, transformers.GradientCheckpointingLayer)]
     for layer in layers if SYSTEM.checkpointing and train else ():
@@ -101,6 +104,14 @@ def load_model(
         distributed.shard(plain(model), layers, SYSTEM, mixed)
     model.weights_version = 0  # raised with every change, so that an engine with a copy of its own knows
     return model
+
+
+def add_lora(model: nn.Module, rank: int, task: str | None = None) -> nn.Module:
+    """Adapters on all linear layers train, and of a SEQ_CLS model the head as it is; the rest is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=task)
+    return get_peft_model(model, lora).eval()
 
 
 def recomputed(forward: Callable, *args: Any, **kwargs: Any) -> Any:

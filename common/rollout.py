@@ -16,6 +16,8 @@ from posttrain.common.cli import require
 from posttrain.common.models import autocast, plain, stop_ids
 from posttrain.common.tasks import Example
 
+BATCH_TOKENS = 2**16  # rows x tokens whose key-value cache an engine in this process may hold at one time
+
 
 @dataclass
 class Rollout:
@@ -178,10 +180,12 @@ class Memory:
 class Engine:
     """A sampler. Engines differ in complete() and refresh() alone."""
 
-    def __init__(self, model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", batch_tokens: int = 2**16):
+    def __init__(
+        self, model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", batch_tokens: int = BATCH_TOKENS
+    ):
         self.model, self.tokenizer = model, tokenizer
         self.stop_ids = stop_ids(model, tokenizer)
-        self.batch_tokens = batch_tokens  # rows x tokens whose key-value cache may exist at one time
+        self.batch_tokens = batch_tokens
 
     def refresh(self) -> None:
         """Before a batch: take over the weights that the model has now."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from posttrain.common import distributed
@@ -28,10 +29,11 @@ def lm_head(model: nn.Module) -> dict[str, Any]:
     return {"weight": weight, "bias": getattr(head, "bias", None), "softcap": softcap}
 
 
-def sampled_hidden(model: nn.Module, rollout: Rollout, **inputs: Any) -> Tensor:
+def sampled_hidden(model: nn.Module, rollout: Rollout, share: bool = False, **inputs: Any) -> Tensor:
     """The hidden state that predicts each sampled token, row after row.  -> [n, H], n = loss_mask.sum()
 
     Two rollouts that hold the same responses under different prompts give rows in the same order.
+    share: read a prompt that several rows have once, see shared_body; else it is read for each of them.
     inputs: what a multimodal model takes for these rows besides tokens, such as pixel_values.
     """
     tokens, sampled = rollout.tokens.new_zeros(1, 1), rollout.loss_mask.new_zeros(1, 1).bool()  # no rows: [0, H]
@@ -41,8 +43,10 @@ def sampled_hidden(model: nn.Module, rollout: Rollout, **inputs: Any) -> Tensor:
         tokens, sampled = rollout.tokens[:, :width], rollout.loss_mask[:, :width].bool()
     network = getattr(plain(model), "backbone", None)  # FSDP2's, see distributed.shard
     with autocast(model):
-        # Padding is on the right and attention is causal, so no real token sees it: no mask, the fast path.
-        if network:
+        if share and len(rollout):
+            hidden, sampled = shared_body(model, tokens, sampled, rollout.attention_mask.sum(1).long())
+        # Else padding is on the right and attention is causal, so no real token sees it: no mask, the fast path.
+        elif network:
             hidden = network(input_ids=tokens, use_cache=False, **inputs)
         else:
             hidden = plain(model).base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state
@@ -50,6 +54,34 @@ def sampled_hidden(model: nn.Module, rollout: Rollout, **inputs: Any) -> Tensor:
     config = plain(model).config.get_text_config()  # Cohere multiplies its logits, Granite divides them
     hidden = hidden * (getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1))
     return hidden.to(getattr(model, "autocast_dtype", None) or hidden.dtype)
+
+
+def shared_body(model: nn.Module, tokens: Tensor, sampled: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states from each row's last prompt token on, and `sampled` there.  -> [R, S, H], bool [R, S]
+
+    Every different prompt goes through the body once; the rows go on from its keys and values, and their gradients meet
+    there. G responses of S tokens to a prompt of P cost P + G S tokens, not G (P + S). Sums are rounded otherwise.
+    tokens [R, T]; sampled bool [R, T]; lengths [R]. UserError: a model whose layers keep less than all keys and values
+    """
+    config = plain(model).config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    unfit = f"layers of {type(plain(model)).__name__} are {', '.join(sorted(kinds))}: leave --share-prompts away"
+    require(kinds == {"full_attention"} and not getattr(config, "sliding_window", None), unfit)
+    last = (sampled.int().argmax(1) - 1).clamp(min=0)  # [R], of the prompt; it is read with the response
+    width, known = tokens.shape[1], int(last.max())
+    prompts = tokens[:, :known].masked_fill(torch.arange(known, device=tokens.device) >= last[:, None], -1)
+    prompts, which = prompts.unique(dim=0, return_inverse=True)  # [P, known], -1 behind a prompt's end; [R]
+    cache = transformers.DynamicCache(config=plain(model).config)
+    if known:
+        plain(model).base_model(input_ids=prompts.clamp(min=0), past_key_values=cache, use_cache=True)
+        cache.batch_select_indices(which)
+    position = last[:, None] + torch.arange(int((lengths - last).max()), device=tokens.device)  # [R, S]
+    inside = position.clamp(max=width - 1)  # beyond: padding
+    mask = torch.cat([(prompts[which] >= 0).long(), torch.ones_like(position)], 1)  # [R, known + S]
+    inputs = {"input_ids": tokens.gather(1, inside), "position_ids": position, "past_key_values": cache}
+    inputs["attention_mask"] = None if bool((last == known).all()) else mask
+    hidden = plain(model).base_model(**inputs, use_cache=True).last_hidden_state
+    return hidden, sampled.gather(1, inside) & (position < width)
 
 
 def scatter(values: Tensor, rollout: Rollout) -> Tensor:
@@ -64,12 +96,14 @@ def token_logps(
     temperature: float = 1.0,
     vocab_size: int | None = None,
     hidden: Tensor | None = None,
+    share: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """logps [N, T] and entropy [N, T] (nats) of the sampled tokens, with gradient, 0 elsewhere.
 
-    temperature divides the logits, as it did when the tokens were sampled; hidden = sampled_hidden if at hand.
+    temperature divides the logits, as it did when the tokens were sampled; hidden = sampled_hidden if at hand; share
+    as there.
     """
-    hidden = sampled_hidden(model, rollout) if hidden is None else hidden
+    hidden = sampled_hidden(model, rollout, share) if hidden is None else hidden
     ids = rollout.tokens[rollout.loss_mask.bool()]
     logps, entropies = linear_token_logp(
         hidden, ids=ids, temperature=temperature, vocab_size=vocab_size, **lm_head(model)
@@ -77,14 +111,23 @@ def token_logps(
     return scatter(logps, rollout), scatter(entropies, rollout)
 
 
-def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
-    """Rows [n] int64 of similar length whose padded size stays within max_tokens; every row once, in one process."""
+def micro_batches(rollout: Rollout, max_tokens: int, share: bool = False) -> list[Tensor]:
+    """Rows [n] int64 of similar length whose padded size stays within max_tokens; every row once, in one process.
+
+    share: the rows of a group stay together, whether their lengths differ or not.
+    """
     lengths = rollout.attention_mask.sum(1).long()
     order, lengths = lengths.argsort(stable=True).tolist(), lengths.tolist()
-    batches: list[list[int]] = [[]]
-    for row in order:  # ascending: the newest row is the longest
-        if batches[-1] and lengths[row] * (len(batches[-1]) + 1) > max_tokens:
+    if share:  # groups by their longest row
+        groups = rollout.group.tolist()
+        longest = {groups[row]: place for place, row in enumerate(order)}
+        order.sort(key=lambda row: longest[groups[row]])
+    batches, most = [[]], 0
+    for row in order:
+        most = max(most, lengths[row])
+        if batches[-1] and most * (len(batches[-1]) + 1) > max_tokens:
             batches.append([])
+            most = lengths[row]
         batches[-1].append(row)
     device = rollout.tokens.device
     return [torch.tensor(batch, dtype=torch.int64, device=device) for batch in distributed.deal(batches)]
@@ -92,7 +135,12 @@ def micro_batches(rollout: Rollout, max_tokens: int) -> list[Tensor]:
 
 @torch.no_grad()
 def score(
-    model: nn.Module, rollout: Rollout, max_tokens: int, temperature: float = 1.0, vocab_size: int | None = None
+    model: nn.Module,
+    rollout: Rollout,
+    max_tokens: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    share: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """token_logps of the whole rollout without gradient, micro-batch by micro-batch.  -> [N, T], [N, T]
 
@@ -101,8 +149,8 @@ def score(
     if hasattr(model, "urls"):
         return model.score(rollout, temperature)
     logps, entropies = torch.zeros_like(rollout.behaviour_logps), torch.zeros_like(rollout.behaviour_logps)
-    for rows in micro_batches(rollout, max_tokens):
-        logps[rows], entropies[rows] = token_logps(model, rollout[rows], temperature, vocab_size)
+    for rows in micro_batches(rollout, max_tokens, share):
+        logps[rows], entropies[rows] = token_logps(model, rollout[rows], temperature, vocab_size, share=share)
     distributed.add_up(logps, entropies)
     return logps, entropies
 

@@ -99,11 +99,16 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
             out[start : start + 16384] += torch.mm(a[start : start + 16384], b, out.dtype)
 
 
+def chunk_rows(width: int, device: str, elements: int = CPU_ELEMENTS) -> int:
+    """Rows of `width` logits at a time, unless told otherwise."""
+    return max(256, elements // width) if device == "cpu" else max(1024, GPU_ELEMENTS // width // 128 * 128)
+
+
 def chunks(chunk: int | None, *sources: Source, elements: int = CPU_ELEMENTS) -> Iterator[tuple[slice, list[Tensor]]]:
     """Slices of rows and every source's logits there, in buffers that the next slice overwrites; at least one slice."""
     n, device = len(sources[0].x), sources[0].x.device.type
     if chunk is None and (width := sum(source.width for source in sources if source.weight is not None)):
-        chunk = max(256, elements // width) if device == "cpu" else max(1024, GPU_ELEMENTS // width // 128 * 128)
+        chunk = chunk_rows(width, device, elements)
     chunk = max(1, min(chunk or n, n))
     buffers = [None if s.weight is None else s.x.new_empty(chunk, s.width, dtype=s.dtype) for s in sources]
     for start in range(0, max(1, n), chunk):

@@ -79,6 +79,7 @@ class Config:
     wandb: Literal["off", "offline", "online"] = "off"  # metrics.jsonl is always written
     system: Engines = Engines()  # flags about machines and engines: common/cli.py
     # --- this method
+    share_prompts: bool = False  # read a prompt once for its group in training too: faster, other roundings
     preset: Literal[tuple(PRESETS)] = "none"  # the flags of one publication, see PRESETS; explicit flags win
     adv: Literal["group_std", "center", "batch_std", "rloo"] = "group_std"  # Eq. 1
     adv_eps: float = 1e-4  # added to the std (verl: 1e-6)
@@ -233,6 +234,8 @@ def check(config: Config) -> None:
     require(refreshes or not config.ref_every, "--ref-every refreshes the reference of --beta; not with --lora-rank")
     shares = 0 < config.ent_top <= 1 and 0 < config.ref_mix <= 1
     require(shares, "--ent-top and --ref-mix must lie in (0, 1]")
+    again = config.share_prompts and (config.system.checkpointing or config.system.shard == "fsdp")
+    require(not again, "--share-prompts goes neither with --checkpointing nor with --shard fsdp: leave one away")
     require(config.tis_min < config.tis_max, "--tis-min must be below --tis-max")
 
 
@@ -251,7 +254,7 @@ def main(config: Config) -> None:
     parts = {"policy": policy, "optimizer": optimizer, "state": state}
     parts |= {"reference": reference} if config.ref_every else {}
     sampling, low, high = Sampling(config.temperature, config.max_new_tokens), config.tis_min, config.tis_max
-    limit, updates = config.micro_batch_tokens, config.minibatches * config.epochs
+    limit, updates, share = config.micro_batch_tokens, config.minibatches * config.epochs, config.share_prompts
     in_reward = config.beta > 0 and config.kl == "k1_reward"
     done = run.restore(**parts)
     if not done:
@@ -277,9 +280,9 @@ def main(config: Config) -> None:
         mask, behaviour_logps = rollout.loss_mask, rollout.behaviour_logps
         old_logps = old_entropy = ref_logps = None  # old_logps None: one optimizer step, the ratio is 1
         if updates > 1 or config.tis != "off" or config.ent_top < 1 or in_reward:
-            old_logps, old_entropy = score(policy, rollout, limit, config.temperature)
+            old_logps, old_entropy = score(policy, rollout, limit, config.temperature, share=share)
         if config.beta:
-            ref_logps, _ = score(reference, rollout, limit, config.temperature)
+            ref_logps, _ = score(reference, rollout, limit, config.temperature, share=share)
         clock.append(time.perf_counter())
 
         # --- weigh
@@ -305,9 +308,9 @@ def main(config: Config) -> None:
         for _ in range(config.epochs):
             for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
                 c = row_weights(mask[part], rollout.group[part], config.agg, config.max_new_tokens)[:, None]
-                for rows in micro_batches(rollout[part], limit):
+                for rows in micro_batches(rollout[part], limit, share):
                     at, m = part[rows], mask[part[rows]]
-                    logps, entropy = token_logps(policy, rollout[at], config.temperature)
+                    logps, entropy = token_logps(policy, rollout[at], config.temperature, share=share)
                     old = logps.detach() if old_logps is None else old_logps[at]
                     # bypass: the ratio runs from the sampler itself (and w, which would count it twice, is 1)
                     start = behaviour_logps[at] if config.tis == "bypass" else old

@@ -106,6 +106,7 @@ FLAGS = {
     "group of one": ("grpo", {"group-size": 1}, ["--group-size"]),
     "temperature 0": ("grpo", {"temperature": 0}, ["--temperature"]),
     "temperature 0, opd": ("opd", {"temperature": 0}, ["--temperature"]),
+    "prompts once, layers again": ("grpo", {"share-prompts": True, "checkpointing": True}, ["--share-prompts"]),
     "temperature nan": ("grpo", {"temperature": "nan"}, ["--temperature"]),
     "temperature inf": ("grpo", {"temperature": "inf"}, ["--temperature"]),
     "off-policy k1": ("opd", {"lmbda": 0.5, "est": "k1_pg"}, ["--lmbda", "--est"]),

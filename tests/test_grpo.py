@@ -1,11 +1,13 @@
 """methods/grpo.py against plain loops in float64, written from the equations of the method's sheet."""
 
+import json
 import math
 import statistics
 
 import pytest
 import torch
 
+from posttrain.methods import grpo
 from posttrain.methods.grpo import (
     Config,
     clip_fractions,
@@ -534,3 +536,24 @@ def test_clip_fractions_count_only_the_side_that_clips(level):
         for t, rho in enumerate(row):
             assert clipped["policy/clip_low"][i, t] == float(a[i] < 0 and rho < 0.9)
             assert clipped["policy/clip_high"][i, t] == float(a[i] > 0 and rho > 1.3)
+
+
+def test_prompts_read_once_give_the_same_step(tmp_path):
+    """Two minibatches, so that old log-probs are scored, and a reference."""
+    small = {
+        "steps": 1,
+        "prompts_per_step": 4,
+        "group_size": 4,
+        "beta": 0.1,
+        "minibatches": 2,
+        "micro_batch_tokens": 90,
+    }
+    small |= {"eval_every": 0, "eval_problems": 1, "eval_samples": 1, "warmup": 0}
+    lines = []
+    for share in (False, True):
+        folder = tmp_path / str(share)
+        grpo.main(Config(**small, share_prompts=share, out=str(folder)))
+        lines.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]))
+    for key in ("loss/total", "loss/kl", "optim/grad_norm", "train/entropy", "engine/logp_gap", "policy/kl_old"):
+        assert lines[1][key] == pytest.approx(lines[0][key], rel=1e-3, abs=1e-5), key
+    assert lines[0]["optim/grad_norm"] > 1e-3

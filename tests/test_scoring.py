@@ -1,11 +1,13 @@
 """common/rollout.py and common/scoring.py: alignment by hand-made rows, log-probs against a plain forward pass."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 import transformers
 
+from posttrain.common.cli import UserError
 from posttrain.common.rollout import Rollout, assemble, concat, under_prompts
 from posttrain.common.scoring import carry, micro_batches, sampled_hidden, scatter, score, token_logps
 from posttrain.common.tasks import Example
@@ -171,6 +173,69 @@ def test_picked_rows_keep_their_width_and_their_lists():
     assert picked.texts == ["g", "b", "b"] and picked.tokens.shape[1] == rollout.tokens.shape[1]
     assert torch.equal(picked.behaviour_logps, rollout.behaviour_logps[index])
     assert len(rollout[torch.tensor([], dtype=torch.long)]) == 0
+
+
+def groups_of_rows(n=3, group=4, empty=False):
+    """n prompts of different lengths, `group` responses of different lengths to each; empty: one without any token."""
+    g = torch.Generator().manual_seed(0)
+    ids = lambda k: torch.randint(3, V, (k,), generator=g).tolist()  # noqa: E731
+    prompts = [prompt for k in range(n) for prompt in [ids(3 + 2 * k)] * group]
+    responses = [ids(1 + 3 * i % 5) for i in range(n * group)]
+    if empty:
+        responses[1] = []
+    return assemble(prompts, responses, PAD, group=torch.arange(n * group) // group)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Llama", "Granite", "Cohere", "Phi"])
+@pytest.mark.parametrize("limit", [30, 10**4])  # some groups together, or all
+def test_prompts_read_once_change_neither_logps_nor_gradients(family, limit):
+    model, rollout = make_model(family), groups_of_rows()
+    weights = torch.randn(rollout.tokens.shape, dtype=torch.float64)
+    outcomes = []
+    for share in (False, True):
+        model.zero_grad()
+        logps, entropy = (torch.zeros(rollout.tokens.shape, dtype=torch.float64) for _ in range(2))
+        for rows in micro_batches(rollout, limit, share):
+            a, b = token_logps(model, rollout[rows], 0.7, share=share)
+            ((a + 0.3 * b) * weights[rows]).sum().backward()
+            logps[rows], entropy[rows] = a.detach(), b.detach()
+        outcomes.append([logps, entropy, *(p.grad for p in model.parameters())])
+    within = 1e-9 if family == "Phi" else 1e-5  # the others' norms compute in fp32 whatever comes in
+    for one, other in zip(*outcomes, strict=True):
+        assert (other - one).abs().max() <= within * one.abs().max()
+    assert outcomes[0][0].abs().sum() > 1
+
+
+@pytest.mark.parametrize("rollout", [multi_turn(), groups_of_rows(1, 3), groups_of_rows(2, 2, empty=True)])
+def test_prompts_read_once_in_turns_alone_and_without_response(rollout):
+    model = make_model(dtype=torch.float32)
+    for one, other in zip(score(model, rollout, 10**4, share=True), score(model, rollout, 10**4), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_read_once_cost_less_and_other_layers_are_refused():
+    model, rollout, read = make_model(dtype=torch.float32), groups_of_rows(1, 4), []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, args, kw: read.append(kw["input_ids"].numel()), with_kwargs=True
+    )
+    score(model, rollout, 10**4)
+    plainly = sum(read)
+    read.clear()
+    score(model, rollout, 10**4, share=True)
+    hook.remove()
+    assert read == [2, plainly - 4 * 2]  # all of the prompt but its last token, which each row reads itself
+    with pytest.raises(UserError, match="leave --share-prompts away"):
+        score(make_model("Gemma2", dtype=torch.float32), rollout, 10**4, share=True)
+
+
+def test_micro_batches_may_keep_groups_together():
+    rollout = groups_of_rows()
+    batches = micro_batches(rollout, 50, share=True)
+    assert sorted(torch.cat(batches).tolist()) == list(range(12))
+    order = rollout.group[torch.cat(batches)].tolist()
+    assert sum(a != b for a, b in itertools.pairwise(order)) == 2
+    lengths = rollout.attention_mask.sum(1)
+    assert all(lengths[rows].max() * len(rows) <= 50 for rows in batches) and len(batches) > 1
 
 
 @pytest.mark.parametrize("limit", [1, 10, 14, 40, 10**6])
