@@ -4,6 +4,7 @@ It can be read by another number of processes, in shards or whole.
 """
 
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from posttrain.common import distributed
 
@@ -55,3 +57,12 @@ def load(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
         else:
             states.set_optimizer_state_dict(part.model, part.adamw, state[name])
     return plain
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """All that the newest folder of checkpoint/ holds, tensors whole, for a look at it in one process."""
+    newest = max(folder.glob("step-*"))
+    with tempfile.TemporaryDirectory() as there:
+        dcp_to_torch_save(newest, Path(there) / "all.pt")
+        tensors = torch.load(Path(there) / "all.pt", weights_only=True)
+    return torch.load(newest / "plain.pt", weights_only=True) | tensors

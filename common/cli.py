@@ -4,8 +4,10 @@ import contextlib
 import dataclasses
 import io
 import math
+import os
 import re
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -50,6 +52,8 @@ def first_line(error: BaseException) -> str:
 
 def fail(message: str) -> NoReturn:
     """Print one line to stderr and leave with exit code 2."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(5)  # under torchrun, which ends the others when the first process has said it
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 

@@ -72,10 +72,11 @@ def from_first(thing):
     return gather([thing])[0]
 
 
-def add_up(*tensors: Tensor) -> None:
+def add_up(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Sum over the processes, in place. Where each fills in its own rows of zeros, all get the whole."""
     for tensor in tensors if world() > 1 else ():
         dist.all_reduce(tensor)
+    return tensors
 
 
 def all_rows(x: Tensor) -> Tensor:

@@ -98,7 +98,8 @@ class Run:
     def restore(self, **parts: Any) -> int:
         """Load the checkpoint, if any, into the given parts; drop what was logged after it. -> steps already done"""
         state = {"step": -1, "seconds": 0.0}
-        if self.config.resume and (found := max(self.checkpoint.glob("step-*"), default=None)):
+        found = self.config.resume and max(self.checkpoint.glob("step-*"), default=None)
+        if found:
             from posttrain.common import checkpoint
 
             try:
@@ -108,7 +109,7 @@ class Run:
                         part.update(state[name])
                     elif hasattr(part, "skipped"):
                         part.skipped = state["skipped"]
-                        part.model.weights_version += 1
+                        part.model.weights_version = getattr(part.model, "weights_version", 0) + 1
             except Exception as error:
                 raise UserError(f"{found} is damaged or of another model ({first_line(error)})") from None
             require(state["step"] <= self.config.steps, f"the run has {state['step']} steps already: raise --steps")

@@ -151,8 +151,7 @@ def score(
     logps, entropies = torch.zeros_like(rollout.behaviour_logps), torch.zeros_like(rollout.behaviour_logps)
     for rows in micro_batches(rollout, max_tokens, share):
         logps[rows], entropies[rows] = token_logps(model, rollout[rows], temperature, vocab_size, share=share)
-    distributed.add_up(logps, entropies)
-    return logps, entropies
+    return distributed.add_up(logps, entropies)
 
 
 def carry(values: Tensor, source: Rollout, target: Rollout) -> Tensor:

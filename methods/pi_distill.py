@@ -35,8 +35,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from posttrain.common import distributed
 from posttrain.common.cli import Engines, cli, require
+from posttrain.common.distributed import add_up
 from posttrain.common.environments.hints import hint_texts
 from posttrain.common.models import load_model, load_start, load_tokenizer, plain, prepare
 from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, under_prompts
@@ -178,7 +178,7 @@ def score_both(student, teacher, rollout: Rollout, seen: Rollout, config: Config
         if config.kl_est == "rb":
             kind = "forward_kl" if config.algorithm == "pi" else "reverse_kl"
             k[rows] = scatter(vocabulary_kl(student, ours, teacher, theirs, kind, config.temperature), batch)
-    distributed.add_up(s, t, k)
+    s, t, k = add_up(s, t, k)
     return s, t, k if config.kl_est == "rb" else t - s if config.algorithm == "pi" else s - t
 
 

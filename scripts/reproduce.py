@@ -51,6 +51,12 @@ STUDIES = {
         "opd": ["opd.py"],
         "scope-full": ["scope_opd.py", "--kl", "full", "--lr", "5e-4"],
     },
+    "machines": {  # flags that change speed and memory: adapters at ten times the rate, bf16 compute, recomputation
+        "opd": ["opd.py"],
+        "opd-lora": ["opd.py", "--lora-rank", "16", "--lr", "5e-3"],
+        "opd-bf16": ["opd.py", "--dtype", "bfloat16"],
+        "opd-checkpointing": ["opd.py", "--checkpointing"],
+    },
     "arithmetic": {  # two domains, a teacher each; all arms with the same number of rollouts
         "uni-opd": ["uni_opd.py"],
         "uni-opd-delta-0.4": ["uni_opd.py", "--margin-delta", "0.4"],  # as the paper has it

@@ -24,4 +24,4 @@ fi
 [ "${1:-}" = test ] || exit 0
 shift
 export OMP_NUM_THREADS=1 POSTTRAIN_VLLM=1
-exec $venv/bin/pytest -q tests/test_vllm.py "$@"
+exec $venv/bin/pytest -q tests/test_vllm.py tests/test_servers.py "$@"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from posttrain.common.cli import cli
 from posttrain.common.models import TINY
@@ -482,25 +483,28 @@ def test_resume_with_fewer_steps_than_are_done_leaves_the_run_alone(run, held):
     assert code == 2 and snapshot(held) == before
 
 
+def another_model(folder):
+    state = {"policy": {"model.embed_tokens.weight": torch.zeros(3, 3)}, "optimizer": {}}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
+
+
 CORRUPT = {
-    "cut": lambda path: path.write_bytes(path.read_bytes()[:3000]),
-    "noise": lambda path: path.write_bytes(b"\x80\x02noise" * 500),
-    "empty": lambda path: path.write_bytes(b""),
-    "of another program": lambda path: torch.save({"epoch": 3}, path),
-    "a list": lambda path: torch.save([1, 2], path),
-    "of another model": lambda path: torch.save(
-        torch.load(path) | {"policy": {"model.embed_tokens.weight": torch.zeros(3, 3)}}, path
-    ),
-    "without weights": lambda path: torch.save(torch.load(path) | {"policy": {}}, path),
+    "tensors cut": lambda folder: (folder / "__0_0.distcp").write_bytes((folder / "__0_0.distcp").read_bytes()[:3000]),
+    "tensors empty": lambda folder: (folder / "__0_0.distcp").write_bytes(b""),
+    "no index": lambda folder: (folder / ".metadata").unlink(),
+    "index of noise": lambda folder: (folder / ".metadata").write_bytes(b"\x80\x02noise" * 500),
+    "numbers of another program": lambda folder: torch.save({"epoch": 3}, folder / "plain.pt"),
+    "numbers empty": lambda folder: (folder / "plain.pt").write_bytes(b""),
+    "another model's": another_model,
 }
 
 
 @pytest.mark.parametrize("how", CORRUPT.values(), ids=CORRUPT.keys())
 def test_a_corrupt_checkpoint_is_one_line_and_loses_nothing(run, held, how):
-    how(held / "checkpoint" / "state.pt")
+    how(max((held / "checkpoint").iterdir()))
     before = snapshot(held)
     code, stderr = run("grpo", {"out": held, "resume": True, "save-every": 1})
-    one_line(stderr, "state.pt")
+    one_line(stderr, "checkpoint/step-")
     after = snapshot(held)
     before.pop("config.json"), after.pop("config.json")
     assert code == 2 and after == before

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,7 @@ ONE = ("shard", "cpu_offload", "checkpointing")
 
 def launch(processes: int, root: Path, jobs: dict) -> Path:
     """All jobs one after another in the same processes: a start costs more than a run."""
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     given = json.dumps([[name, method, flags] for name, (method, flags) in jobs.items()])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*(torchrun if processes > 1 else [sys.executable]), str(ROOT / "tests" / "ranks.py"), str(root), given]
@@ -81,25 +82,31 @@ def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def same(a: Path, b: Path) -> None:
-    """Metrics, gradients of every step before clipping, and final weights, to 1e-5."""
+def same_results(a: Path, b: Path, skip: str = "none") -> None:
+    """Metrics and final weights, to 1e-5."""
     for x, y in zip(lines(a), lines(b), strict=True):
+        x, y = ({key: value for key, value in line.items() if not key.startswith(skip)} for line in (x, y))
         assert x.keys() == y.keys()
         measured = {key for key in x if key.startswith(("time/", "memory/"))}
         noise = x.pop("engine/ratio_max", 1.0), y.pop("engine/ratio_max", 1.0)  # the largest rounding error
         assert noise == pytest.approx((1, 1), abs=1e-4)
         for key in x.keys() - measured:
             assert x[key] == pytest.approx(y[key], rel=1e-5, abs=1e-5), key
+    x, y = (load_file(out / "model" / "model.safetensors") for out in (a, b))
+    assert x.keys() == y.keys()
+    for key in x:
+        torch.testing.assert_close(x[key], y[key], atol=1e-5, rtol=1e-5)
+
+
+def same(a: Path, b: Path) -> None:
+    """And the gradients of every step before clipping."""
+    same_results(a, b)
     ours, theirs = (torch.load(out / "gradients.pt") for out in (a, b))
     assert len(ours) == len(theirs) >= 2 and any(g is not None and g.any() for g in ours[0])
     for x, y in zip(ours, theirs, strict=True):
         assert [g is None for g in x] == [g is None for g in y]
         g, h = (torch.cat([torch.zeros(1), *(w.flatten() for w in grads if w is not None)]) for grads in (x, y))
         assert (g - h).norm() <= 1e-5 * h.norm()
-    x, y = (load_file(out / "model" / "model.safetensors") for out in (a, b))
-    assert x.keys() == y.keys()
-    for key in x:
-        torch.testing.assert_close(x[key], y[key], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -110,3 +117,49 @@ def test_copies_give_what_one_process_gives(name, one, copies):
 @pytest.mark.parametrize("name", SHARDED)
 def test_shards_give_what_one_process_gives(name, one, shards):
     same(one / f"fsdp-{name}", shards / name)
+
+
+def test_another_number_of_processes_resumes_a_run(tmp_path):
+    """Two steps by two processes, copies and shards; the other two by one, and by three with shards."""
+    flags = {**SMALL, "schedule": "constant", "prompts_per_step": 4}
+    names = {"copies": ("grpo", {**flags, "minibatches": 2}), "shards": ("opd", flags)}
+
+    def jobs(shard: bool, **more) -> dict:
+        return {k: (m, {**x, **more, **({"shard": "fsdp"} if shard and k == "shards" else {})})
+                for k, (m, x) in names.items()}  # fmt: skip
+
+    whole = launch(1, tmp_path / "whole", jobs(False, steps=4))
+    begun = launch(2, tmp_path / "begun", jobs(True, steps=2))
+    shutil.copytree(begun, tmp_path / "again")
+    for name, processes in (("begun", 1), ("again", 3)):
+        out = launch(processes, tmp_path / name, jobs(processes > 1, steps=4, resume=True))
+        for job in names:
+            same_results(whole / job, out / job, skip="eval/")  # the shorter run evaluated at its end, step 2
+
+
+def torchrun(*command: object) -> subprocess.CompletedProcess:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*start, *map(str, command)], env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_one_process_writes_and_prints(tmp_path):
+    small = [f"--{key.replace('_', '-')}={value}" for key, value in {**SMALL, "out": tmp_path / "run"}.items()]
+    done = torchrun(ROOT / "methods" / "opd.py", *small)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Run folder") == 1 and done.stdout.count("step 0, policy") == 1
+    assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert steps == [1, 1, 1, 2, 2, 2]
+
+
+def test_bad_input_is_said_once(tmp_path):
+    done = torchrun(ROOT / "methods" / "grpo.py", "--model", "no-such", "--out", tmp_path / "run")
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode and len(said) == 1 and "no-such" in said[0] and not (tmp_path / "run").exists()
+
+
+def test_shards_without_torchrun_are_refused():
+    command = [sys.executable, ROOT / "methods" / "grpo.py", "--shard", "fsdp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("error: --shard fsdp: start with torchrun")

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.common.cli import UserError, cli
+from posttrain.common import checkpoint
+from posttrain.common.cli import Engines, System, UserError, cli
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
 from posttrain.methods import grpo, opd, pi_distill, rltf, scope_opd, skill_sd, sod, uni_opd
@@ -166,7 +167,7 @@ def test_a_run_leaves_its_folder(whole, method):
     out = whole(method)
     names = {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "model", "summary.json", "curve.png"}
     assert {path.name for path in out.iterdir()} == names
-    assert [path.name for path in (out / "checkpoint").iterdir()] == ["state.pt"]
+    assert [path.name for path in (out / "checkpoint").iterdir()] == ["step-000014"]
     assert not list((out.parent / "elsewhere").iterdir())
     config = json.loads((out / "config.json").read_text())
     assert config["flags"]["method"] == method and config["flags"]["steps"] == LONG["steps"]
@@ -234,7 +235,7 @@ def test_curve_is_a_real_png(whole, method):
 def test_model_loads_plainly_with_the_trained_weights(whole, method):
     out = whole(method)
     model, tokenizer = (kind.from_pretrained(out / "model") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    trained = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["policy"]
+    trained = checkpoint.read(out / "checkpoint")["policy"]
     start = AutoModelForCausalLM.from_pretrained(TINY / METHODS[method].Config().model).state_dict()
     state = model.state_dict()
     assert state.keys() == trained.keys() and all(torch.equal(state[key], trained[key]) for key in state)
@@ -294,7 +295,7 @@ def test_kill_and_resume_give_the_uninterrupted_run(whole, folder, kind):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    saved = checkpoint.read(out / "checkpoint")
     written = (out / "metrics.jsonl").read_text().splitlines()
     assert saved["step"] == 6 and 8 <= len(written) - 1 < 12 and not (out / "model").exists()
     if given:  # some state beyond weights and optimizer must be there to lose
@@ -303,7 +304,8 @@ def test_kill_and_resume_give_the_uninterrupted_run(whole, folder, kind):
     for name in ("metrics.jsonl", "samples.jsonl"):
         text = (out / name).read_text()
         (out / name).write_text(text + text.splitlines()[-1][: -len(text.splitlines()[-1]) // 3])
-    (out / "checkpoint" / "state.pt.partial").write_bytes(b"half")
+    (out / "checkpoint" / "partial").mkdir()
+    (out / "checkpoint" / "partial" / "__0_0.distcp").write_bytes(b"half")
     (out / "model.partial").mkdir()
     (out / "model.partial" / "model.safetensors").write_bytes(b"half")
     finish(start(method, out, {**LONG, **given, "resume": True}))
@@ -332,7 +334,7 @@ def test_killed_before_the_first_checkpoint(whole, folder, method):
         time.sleep(0.002)
     process.kill()
     process.communicate()
-    assert not (out / "checkpoint" / "state.pt").exists()
+    assert not any((out / "checkpoint").iterdir())
     here(method, out, **LONG, resume=True)
     assert_same_run(whole(method), out)
 
@@ -517,7 +519,7 @@ def test_wandb_offline_stays_inside_the_run_folder(folder):
 def test_lora_saves_a_merged_model(method, tmp_path):
     more = {"skill_sd": {**MANY, "teacher-sync": "live"}, "pi_distill": {"alpha-anneal": 0}}.get(method, {})
     out = here(method, tmp_path / "run", **{"lora-rank": 4, "lr": 1e-2, **more})
-    saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["policy"]
+    saved = checkpoint.read(out / "checkpoint")["policy"]
     assert saved and all(".lora_" in key for key in saved)
     model, info = AutoModelForCausalLM.from_pretrained(out / "model", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -539,17 +541,27 @@ def test_lora_saves_a_merged_model(method, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_trains_fp32_weights(method, tmp_path):
     out = here(method, tmp_path / "run", dtype="bfloat16")
-    saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["policy"]
+    saved = checkpoint.read(out / "checkpoint")["policy"]
     assert {weight.dtype for weight in saved.values()} == {torch.float32}
     assert all(math.isfinite(row["train/entropy"]) for row in lines(out)[1:] if "train/entropy" in row)
     assert lines(out)[1]["engine/logp_gap"] < 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_changes_no_result(method, tmp_path, monkeypatch):
+    monkeypatch.setattr("posttrain.common.models.SYSTEM", System())  # the runs set it
+    again, times = torch.utils.checkpoint.checkpoint, []
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *args, **kw: times.append(1) or again(*args, **kw))
+    plain, lean = (here(method, tmp_path / f"{x}", system=Engines(checkpointing=x)) for x in (False, True))
+    assert len(times) >= 4 and results(plain) == results(lean)
+    assert all(torch.equal(value, weights(lean)[key]) for key, value in weights(plain).items())
 
 
 def test_an_averaged_teacher_moves_in_bfloat16_too(tmp_path):
     """Steps of ema times a weight's change are far below bf16's resolution: the average needs fp32."""
     given = {"teacher": "self", "teacher-sync": "ema", "ema": 0.05, "lr": 1e-4, "est": "k2", "task-coef": 1.0}
     out = here("opd", tmp_path / "run", dtype="bfloat16", **given)
-    saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    saved = checkpoint.read(out / "checkpoint")
     start = load_file(TINY / "addition-student" / "model.safetensors")
     assert {weight.dtype for weight in saved["teacher"].values()} == {torch.float32}
     assert all(not torch.equal(saved["teacher"][key], value) for key, value in start.items())

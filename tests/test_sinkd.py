@@ -31,7 +31,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from posttrain.common import cli
+from posttrain.common import checkpoint, cli
 from posttrain.common.cli import UserError
 from posttrain.common.labelled import digits
 from posttrain.common.labelled.batches import Batch, Reader, logits_of
@@ -241,7 +241,7 @@ def test_interrupted_and_resumed_digits_equal_the_whole_run_bit_for_bit(whole, t
 
 def test_the_model_folder_loads_here_and_without_us(whole, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(whole / "model")
-    state = torch.load(whole / "checkpoint" / "state.pt", weights_only=True)["policy"]
+    state = checkpoint.read(whole / "checkpoint")["policy"]
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     assert model.config.id2label[3] == "3" and not (whole / "model" / "tokenizer.json").exists()
     code = "import sys; from transformers import AutoModelForSequenceClassification as A; import torch; "

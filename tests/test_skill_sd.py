@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from posttrain.common import checkpoint
 from posttrain.common.environments.episodes import Episode, Episodes, Turn
 from posttrain.common.environments.summaries import (
     best_rows,
@@ -714,7 +715,7 @@ def test_ema_moves_the_teacher_by_its_share(tmp_path):
     skill_sd.main(
         Config(**{**SMALL, "steps": 1, "prompts_per_step": 36}, ema=0.25, lr=1e-2, out=str(out), save_every=1)
     )
-    saved = torch.load(out / "checkpoint" / "state.pt", weights_only=True)
+    saved = checkpoint.read(out / "checkpoint")
     start = load_model("sokoban-student", torch.device("cpu")).state_dict()
     moved = 0
     for key, old in start.items():
@@ -727,7 +728,7 @@ def test_ema_moves_the_teacher_by_its_share(tmp_path):
 def test_the_bank_is_in_the_checkpoint_with_its_counts(tmp_path):
     out = tmp_path / "run"
     skill_sd.main(Config(**{**SMALL, "steps": 8, "prompts_per_step": 36}, out=str(out), save_every=8))
-    state = torch.load(out / "checkpoint" / "state.pt", weights_only=True)["state"]
+    state = checkpoint.read(out / "checkpoint")["state"]
     skills = [s for bank in state["bank"].values() for s in bank]
     assert skills and any(s["n"] > 0 for s in skills) and all(0 <= s["reward_sum"] <= s["n"] for s in skills)
     known = {(e.prompt[0]["content"], e.answer) for e in make_task("sokoban").train}
@@ -880,7 +881,7 @@ def test_rows_that_the_reward_cannot_score_leave_the_credit_alone_and_solved_is_
     user.write_text("def reward(example, text):\n    return float('nan') if len(text) % 2 else 0.25\n")
     given = {**SMALL, "steps": 6, "prompts_per_step": 36, "save_every": 6, "reward": f"{user}:reward"}
     skill_sd.main(Config(**given, out=str(tmp_path / "run")))
-    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]
+    state = checkpoint.read(tmp_path / "run" / "checkpoint")["state"]
     used = [s for bank in state["bank"].values() for s in bank if s["n"]]
     assert used and all(s["reward_sum"] == pytest.approx(0.25 * s["n"]) for s in used)
     assert state["solved"] and any(s["reward"] == 1.0 for bank in state["bank"].values() for s in bank)
@@ -908,7 +909,7 @@ def test_tasks_that_never_return_are_named_once_and_leave_no_empty_bank(tmp_path
     given = {**SMALL, "steps": 22, "prompts_per_step": 2, "group_size": 2, "task": "sokoban:levels=0", "save_every": 22}
     skill_sd.main(Config(**given, out=str(tmp_path / "run")))
     assert capsys.readouterr().out.count("has returned") == 1
-    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]
+    state = checkpoint.read(tmp_path / "run" / "checkpoint")["state"]
     assert len(state["bank"]) < 44 and all(state["bank"].values())
 
 
@@ -945,5 +946,5 @@ def test_one_prompt_with_two_answers_has_two_banks(monkeypatch, tmp_path):
                                                                "golden_workflow": ""})  # fmt: skip
     small = {**SMALL, "prompts_per_step": 2, "save_every": 3}
     skill_sd.main(Config(**small, out=str(tmp_path / "run")))
-    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["state"]
+    state = checkpoint.read(tmp_path / "run" / "checkpoint")["state"]
     assert len(state["bank"]) == 2 and len({text for text, _ in state["bank"]}) == 1
