@@ -153,6 +153,9 @@ def reshard() -> None:
 @contextlib.contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """The model's weights gathered, for processes that do not run in step, such as in sampling."""
+    if not SHARDED:
+        yield
+        return
     from torch.distributed.fsdp import FSDPModule
 
     parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
