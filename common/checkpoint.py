@@ -5,6 +5,7 @@ It can be read by another number of processes, in shards or whole.
 
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from posttrain.common import distributed
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: that is meant
 
 
 def tensors(part: Any) -> dict[str, Any]:

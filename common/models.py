@@ -100,6 +100,7 @@ def load_model(
     layers = [layer for layer in model.modules() if isinstance(layer, transformers.GradientCheckpointingLayer)]
     for layer in layers if SYSTEM.checkpointing and train else ():
         layer.forward = partial(recomputed, layer.forward)
+    plain(model).computes_on = device
     if SYSTEM.shard == "fsdp":
         distributed.shard(plain(model), layers, SYSTEM, mixed)
     model.weights_version = 0  # raised with every change, so that an engine with a copy of its own knows
@@ -137,11 +138,16 @@ def plain(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model computes; its weights may wait elsewhere (--cpu-offload)."""
+    return getattr(plain(model), "computes_on", None) or plain(model).device
+
+
 @contextlib.contextmanager
 def autocast(model: nn.Module) -> Iterator[None]:
     """The context in which a model from load_model or load_start computes."""
     dtype, bare = model.autocast_dtype, getattr(model, "without_adapters", False)
-    computes = torch.autocast(plain(model).device.type, dtype, enabled=dtype is not None)
+    computes = torch.autocast(device_of(model).type, dtype, enabled=dtype is not None)
     with computes, model.disable_adapter() if bare else contextlib.nullcontext():
         yield
 

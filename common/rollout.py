@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from posttrain.common import distributed
 from posttrain.common.cli import require
-from posttrain.common.models import autocast, plain, stop_ids
+from posttrain.common.models import autocast, device_of, plain, stop_ids
 from posttrain.common.tasks import Example
 
 BATCH_TOKENS = 2**16  # rows x tokens whose key-value cache an engine in this process may hold at one time
@@ -232,7 +232,7 @@ class Engine:
         rest = {"group": torch.arange(len(prompts)) // n, "logps": logps, "examples": examples}
         rest["finished"] = torch.tensor([bool(row) and row[-1] in self.stop_ids for row in ids])
         rest["texts"] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return to_device(assemble(prompts, ids, self.tokenizer.pad_token_id, **rest), plain(self.model).device)
+        return to_device(assemble(prompts, ids, self.tokenizer.pad_token_id, **rest), device_of(self.model))
 
 
 class HFEngine(Engine):
@@ -245,7 +245,7 @@ class HFEngine(Engine):
 
     @torch.no_grad()
     def complete(self, contexts: list, u: Tensor, sampling: Sampling, stops=(), limits=(), memory=None) -> tuple:
-        model, device = plain(self.model), plain(self.model).device
+        model, device = plain(self.model), device_of(self.model)
         u, limits = u.to(device), torch.tensor(limits or [u.shape[1]] * len(u), device=device)
         ends = torch.tensor(self.stop_ids, device=device)
         stop = transformers.StopStringCriteria(self.tokenizer, list(stops)) if stops else None

@@ -102,6 +102,17 @@ def evaluate(
     return metrics, rollout
 
 
+def engine_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, config: Any) -> Tensor:
+    """mask times min(p / q, --engine-tis), p the trainer's and q the engine's probability of the token: truncated
+    importance sampling for an engine that rounds otherwise. No gradient; mask itself where it is off, or q unknown.
+    [N, T] -> [N, T]
+    """
+    most = config.system.engine_tis
+    known = (mask > 0) & behaviour_logps.isfinite() & logps.isfinite()
+    ratio = torch.where(known, logps - behaviour_logps, 0).detach().exp().clamp(max=most) if most else 1.0
+    return mask * ratio
+
+
 class Stats:
     """Sums over micro-batches, fetched from the device once a step."""
 

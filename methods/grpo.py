@@ -227,6 +227,9 @@ def clip_fractions(ratio: Tensor, advantages: Tensor, config: Config) -> dict[st
 
 
 def check(config: Config) -> None:
+    require(
+        not config.system.engine_tis, "--engine-tis is for methods without a correction of their own; here take --tis"
+    )
     require(config.group_size > 1, "GRPO compares responses to one prompt: --group-size must be at least 2")
     require(config.temperature > 0, "greedy responses are all equal, no signal: --temperature must be above 0")
     require(not config.delta or config.delta > 1 + config.eps_hi, "--delta bounds beyond the clip: above 1 + --eps-hi")

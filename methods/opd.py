@@ -210,6 +210,7 @@ def others_responses(problems: list[Example], task: Task, engine, teacher_engine
 
 
 def check(config: Config) -> None:
+    require(not config.system.engine_tis, "--engine-tis: the loss here starts at the engine's log-probs; leave it out")
     blind = config.support == "teacher" and config.tail != "bucket" and config.beta == 1
     require(config.lmbda == 1 or config.est in ("full", "topk"), "--lmbda below 1 needs --est full or --est topk")
     shares = (config.beta, config.lmbda, config.ema, config.prefix_frac)

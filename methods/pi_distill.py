@@ -43,7 +43,7 @@ from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, und
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, scatter, token_logps
 from posttrain.common.tasks import CORRECT, Example, grade_all, make_reward, make_task
-from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
+from posttrain.common.training import Optimizer, Schedule, Stats, engine_weights, resources, rollout_metrics
 from posttrain.kernels.divergence import linear_divergence
 from posttrain.kernels.logprob import linear_topk_logp
 from posttrain.kernels.topk import linear_topk_divergence
@@ -282,7 +282,10 @@ def main(config: Config) -> None:
         live = torch.isin(group, group[advantages.abs() >= 1e-8])
         mask = mask * live[:, None] if config.drop_flat and not sft else mask
         mask = mask * (rollout.reward >= CORRECT)[:, None] if sft else mask
-        w = mask * row_weights(mask, config.agg, config.max_new_tokens)[:, None]  # [N, T], m / N
+        w = (
+            engine_weights(old_logps, rollout.behaviour_logps, mask, config)
+            * row_weights(mask, config.agg, config.max_new_tokens)[:, None]
+        )  # [N, T], m / N
 
         # --- update
         stats, metrics = Stats(), rollout_metrics(rollout, reward, task)

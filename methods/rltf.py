@@ -185,6 +185,7 @@ def prompt_of(kind: str, task: Task, example: Example, **facts: str) -> list[dic
 
 
 def check(config: Config) -> None:
+    require(not config.system.engine_tis, "--engine-tis: the loss here starts at the engine's log-probs; leave it out")
     require(config.group_size > 1, "a group's mean is the baseline: --group-size must be at least 2")
     require(config.temperature > 0, "greedy tries are all equal, no signal: --temperature must be above 0")
     require(config.minibatches <= config.prompts_per_step * config.group_size, "--minibatches exceeds the first tries")

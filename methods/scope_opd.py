@@ -239,6 +239,7 @@ def recovery_probe(engine, teacher_engine, task: Task, sampling, vocab_size: int
 
 
 def check(config: Config) -> None:
+    require(not config.system.engine_tis, "--engine-tis: the loss here starts at the engine's log-probs; leave it out")
     require(config.temperature > 0 and config.tau > 0, "--temperature and --tau must be above 0")
     chosen = (config.student_weights, config.teacher_weights, config.tau) != ("paper", "paper", 1.0)
     flat = "--weighting none makes both paths uniform: leave out --student-weights, --teacher-weights and --tau"

@@ -42,7 +42,7 @@ from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, see
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, lm_head, micro_batches, sampled_hidden, score, score_within, token_logps
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task, text_of
-from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
+from posttrain.common.training import Optimizer, Schedule, Stats, engine_weights, resources, rollout_metrics
 from posttrain.kernels.divergence import linear_divergence
 
 PRESETS = {
@@ -205,7 +205,7 @@ def main(config: Config) -> None:
     distils = config.sdl_coef > 0 and config.skill_to != "student"
     plays = config.skill_to == "student" or (config.skill_to == "teacher" and config.sampler == "teacher")
     is_read = plays or (distils and config.skill_to == "teacher")
-    moves = config.sampler == "teacher" or config.minibatches > 1  # the ratio is not 1
+    moves = config.sampler == "teacher" or config.minibatches > 1 or config.system.engine_tis > 0  # the ratio is not 1
 
     def examine(step: int) -> dict[str, float]:
         """Held-out evaluation; on training tasks the student's success, and the teacher's with skills."""
@@ -277,6 +277,8 @@ def main(config: Config) -> None:
 
         # --- update
         stats, metrics = Stats(), rollout_metrics(rollout, reward, task)
+        start = behaviour_logps if config.sampler == "teacher" else student_logps  # of the ratio
+        trusted = engine_weights(start, behaviour_logps, torch.ones_like(mask), config)
         learns = bool((config.adv_grpo * advantages).any()) or bool(sdl_mask.any())
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
         for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
@@ -288,7 +290,7 @@ def main(config: Config) -> None:
                 hidden = sampled_hidden(policy, batch)
                 logps, entropy = token_logps(policy, batch, config.temperature, hidden=hidden)
                 old = logps.detach() if old_logps is None else old_logps[at]
-                grpo = (policy_token_loss(logps, old, advantages[at], m, config) * m * c).sum()
+                grpo = (policy_token_loss(logps, old, advantages[at], m, config) * trusted[at] * m * c).sum()
                 loss, sdl = config.adv_grpo * grpo, torch.zeros_like(grpo)
                 if len(skilled):
                     if config.est == "full":
@@ -296,7 +298,7 @@ def main(config: Config) -> None:
                         token_loss = full_divergence(policy, hidden, teacher, theirs, m, on, config.temperature)
                     else:
                         token_loss = sdl_token_loss(logps, old, teacher_logps[at], on, config)
-                    sdl = (token_loss * on * c_sdl).sum()
+                    sdl = (token_loss * trusted[at] * on * c_sdl).sum()
                     loss = loss + config.sdl_coef * sdl  # Eq. 4
                 if learns:
                     loss.backward()

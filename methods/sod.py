@@ -41,7 +41,7 @@ from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, see
 from posttrain.common.run import Run
 from posttrain.common.scoring import carry, micro_batches, score, token_logps
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task
-from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
+from posttrain.common.training import Optimizer, Schedule, Stats, engine_weights, resources, rollout_metrics
 
 
 @dataclass
@@ -279,7 +279,7 @@ def main(config: Config) -> None:
         )  # [N, T], fixed from here
 
         # --- update
-        stats = Stats()
+        stats, trusted = Stats(), engine_weights(old_logps, rollout.behaviour_logps, mask, config)
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
         metrics = rollout_metrics(rollout, reward, task) | step_metrics(d, by_turn, there, called, failed)
         for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
@@ -288,7 +288,7 @@ def main(config: Config) -> None:
                 at = part[rows]
                 logps, entropy = token_logps(policy, rollout[at], config.temperature, vocab_size)
                 token_loss, ratio = policy_token_loss(logps, old_logps[at], signal[at], config)
-                loss = (token_loss * mask[at] * c[rows]).sum()
+                loss = (token_loss * trusted[at] * c[rows]).sum()
                 loss.backward()
                 stats.add("loss/total", loss / config.minibatches)
                 gap = old_logps[at] - teacher_logps[at]

@@ -43,7 +43,7 @@ from posttrain.common.rollout import Sampling, encode, make_engine, seed_of, und
 from posttrain.common.run import EVAL_KEYS, Run
 from posttrain.common.scoring import carry, micro_batches, score, token_logps
 from posttrain.common.tasks import CORRECT, Example, grade_all, make_reward, make_task
-from posttrain.common.training import Optimizer, Schedule, Stats, resources, rollout_metrics
+from posttrain.common.training import Optimizer, Schedule, Stats, engine_weights, resources, rollout_metrics
 
 
 @dataclass
@@ -320,7 +320,7 @@ def main(config: Config) -> None:
             advantages = advantages + config.task_coef * task_advantages(rollout.reward, group)[:, None]
 
         # --- update
-        stats = Stats()
+        stats, trusted = Stats(), engine_weights(old_logps, rollout.behaviour_logps, mask, config)
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2))
         for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
             c = (row_weights(mask[part], keep[part], config.denominator) * scales[part])[:, None]
@@ -328,7 +328,7 @@ def main(config: Config) -> None:
                 at, m = part[rows], mask[part[rows]]
                 logps, entropy = token_logps(policy, rollout[at], config.temperature, vocab_size)
                 token_loss, far = clipped_loss(logps, old_logps[at], teacher_logps[at], advantages[at], config)
-                loss = (token_loss * m * c[rows]).sum()
+                loss = (token_loss * trusted[at] * c[rows]).sum()
                 loss.backward()
                 stats.add("loss/total", loss / config.minibatches)
                 stats.tokens(m, {"train/entropy": entropy, "teacher/kl": logps - teacher_logps[at]})

@@ -21,7 +21,7 @@ import transformers
 from torch import Tensor, nn
 
 from posttrain.common.cli import UserError, first_line, require
-from posttrain.common.models import full_weights, plain
+from posttrain.common.models import device_of, full_weights, plain
 from posttrain.common.rollout import Engine, Sampling, seed_of
 
 QUIET = {
@@ -37,7 +37,7 @@ class VLLMEngine(Engine):
 
     def __init__(self, model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", config: Any):
         super().__init__(model, tokenizer, batch_tokens=sys.maxsize)  # vLLM schedules the rows of a call itself
-        device, self.sleeps, self.version = plain(model).device, config.system.vllm_sleep, None
+        device, self.sleeps, self.version = device_of(model), config.system.vllm_sleep, None
         launched = "RANK" in os.environ  # by torchrun, whose processes have met in distributed.start
         chosen = "--rollout vllm takes the first GPU that it sees: choose with CUDA_VISIBLE_DEVICES, not with --device"
         require(launched or not device.index, chosen)
@@ -113,7 +113,7 @@ class VLLMEngine(Engine):
 
     def fit(self, prompts: list[list[int]], max_new_tokens: int) -> int:
         longest, room = super().fit(prompts, max_new_tokens), self.llm.model_config.max_model_len
-        raised = "VLLM_CPU_KVCACHE_SPACE (GiB)" if plain(self.model).device.type == "cpu" else "--vllm-memory"
+        raised = "VLLM_CPU_KVCACHE_SPACE (GiB)" if device_of(self.model).type == "cpu" else "--vllm-memory"
         require(longest <= room, f"a row may take {longest} tokens, vLLM's cache has room for {room}; raise {raised}")
         return longest
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from posttrain.common import distributed, models
 from posttrain.common.cli import UserError, require
 from posttrain.common.engines.client import GENERATE, Failure, Server, Servers
-from posttrain.common.models import full_weights, plain
+from posttrain.common.models import device_of, full_weights, plain
 from posttrain.common.rollout import Engine, Sampling
 
 LOWEST = -9999.0  # how vLLM writes a log-prob of -inf
@@ -41,7 +41,7 @@ class ServerEngine(Engine):
         self.folder = (Path(out or "runs") / f"weights-{name}").resolve()
         self.servers = Servers(urls, "--rollout" if push else "--teacher", seconds_of_system(), self.prepare)
         self.nccl = None
-        if push and plain(model).device.type == "cuda":
+        if push and device_of(model).type == "cuda":
             from posttrain.common.engines.nccl import Broadcast
 
             self.nccl = Broadcast(model, self.servers)

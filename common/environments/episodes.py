@@ -24,6 +24,7 @@ from torch import Tensor
 
 from posttrain.common import distributed
 from posttrain.common.cli import UserError, first_line, require
+from posttrain.common.models import device_of
 from posttrain.common.rollout import Memory, Rollout, Sampling, assemble, encode, seed_of, to_device
 from posttrain.common.tasks import Example
 
@@ -132,7 +133,7 @@ class Episodes:
         rest["finished"] = torch.tensor([episode.ending == "done" for episode in rest["episodes"]])
         logps, turns = [row.logps for row in rows], [row.turns for row in rows]
         rollout = assemble(prompts, blocks, self.tokenizer.pad_token_id, logps, turns, **rest)
-        return to_device(rollout, self.model.device)
+        return to_device(rollout, device_of(self.model))
 
     def play(self, rows: list[Row], sampling: Sampling) -> None:
         """Turn by turn until the last episode has ended."""
