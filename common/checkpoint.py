@@ -23,9 +23,10 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on
 def tensors(part: Any) -> dict[str, Any]:
     """A model's weights, those of adapters alone under LoRA, or an optimizer's moments by weight, as they lie here."""
     if isinstance(part, nn.Module):
-        tuned = any(weight.requires_grad for weight in part.parameters())
-        options = states.StateDictOptions(ignore_frozen_params=tuned)  # a frozen part is an average: all of it
-        return states.get_model_state_dict(part, options=options)
+        state, weights = states.get_model_state_dict(part), dict(part.named_parameters())
+        tuned = {name for name, weight in weights.items() if weight.requires_grad}
+        some = 0 < len(tuned) < len(weights)  # else all train, or none: an average of the policy
+        return {name: x for name, x in state.items() if name in tuned} if some else state
     return states.get_optimizer_state_dict(part.model, part.adamw)
 
 
@@ -50,10 +51,13 @@ def save(folder: Path, step: int, plain: dict[str, Any], parts: dict[str, Any]) 
 
 
 def load(folder: Path, parts: dict[str, Any]) -> dict[str, Any]:
-    """Load tensors into parts, a folder of save. -> its plain values"""
+    """Load tensors into parts, a folder of save. -> its plain values. ValueError: what it holds is of something else"""
     plain = torch.load(folder / "plain.pt", map_location="cpu", weights_only=True)
     state = {name: tensors(part) for name, part in parts.items()}
-    dcp.load(state, checkpoint_id=folder, no_dist=distributed.world() == 1)
+    try:
+        dcp.load(state, checkpoint_id=folder, no_dist=distributed.world() == 1)
+    except dcp.api.CheckpointException as error:  # no Exception
+        raise ValueError(next(iter(error.failures.values()))[0]) from None
     for name, part in parts.items():
         if isinstance(part, nn.Module):
             states.set_model_state_dict(part, state[name], options=states.StateDictOptions(strict=False))
