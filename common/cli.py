@@ -31,7 +31,7 @@ class Engines(System):
     """Of machines and engines: they change speed and memory, not what is learnt."""
 
     vllm_memory: float = 0.4  # share of a GPU for --rollout vllm: its weights and key-value cache
-    vllm_sleep: bool = False  # --rollout vllm: give that memory to the trainer between rollouts
+    vllm_sleep: bool = False  # give that memory to the trainer between rollouts
     engine_tis: float = (
         0.0  # bound of the weight exp(trainer's - engine's log-prob) on a token's loss (TRL: 3); 0 = off
     )

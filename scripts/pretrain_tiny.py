@@ -160,7 +160,7 @@ def train(name: str, recipe: Recipe, config: Config, out: Path) -> tuple[Qwen3Fo
             state["made_by"] == made_by, f"{checkpoint} is of another seed or recipe; remove it or leave out --resume"
         )
         model.load_state_dict(state["model"])
-        optimizer.adamw.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
     bar = tqdm(desc=name, initial=state["step"], total=end, unit=" steps")
     while state["step"] < min(end, state["decay_from"] + recipe.decay_steps):
         step = state["step"]
@@ -186,7 +186,7 @@ def train(name: str, recipe: Recipe, config: Config, out: Path) -> tuple[Qwen3Fo
         bar.update()
         bar.set_postfix_str(f"loss {state['loss']:.3f}")
         if (step + 1) % config.save_every == 0:
-            parts = {"model": model.state_dict(), "optimizer": optimizer.adamw.state_dict()}
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save(state | parts, checkpoint.with_suffix(".partial"))
             os.replace(checkpoint.with_suffix(".partial"), checkpoint)
     bar.close()
