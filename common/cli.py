@@ -32,9 +32,7 @@ class Engines(System):
 
     vllm_memory: float = 0.4  # share of a GPU for --rollout vllm: its weights and key-value cache
     vllm_sleep: bool = False  # give that memory to the trainer between rollouts
-    engine_tis: float = (
-        0.0  # bound of the weight exp(trainer's - engine's log-prob) on a token's loss (TRL: 3); 0 = off
-    )
+    engine_tis: float = 0.0  # bound of exp(trainer's - engine's log-prob), a weight of the loss (TRL: 3); 0 = off
     server_seconds: float = 600.0  # longest wait for one answer of a vLLM server
     teacher_cache: str = ""  # folder that keeps what a teacher on a server (--teacher http://...) said, by content
 
