@@ -156,7 +156,11 @@ def save_model(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBas
     """Plain Hugging Face folder, written beside the target and renamed into place. Adapters are merged for good."""
     partial, sharded = folder.with_name(folder.name + ".partial"), plain(model) in distributed.SHARDED
     # Gathering is collective; only the first process keeps what is gathered.
-    weights = {name: weight.cpu() for name, weight in full_weights(model) if not distributed.rank()} if sharded else {}
+    weights = (
+        {name: weight.cpu().clone() for name, weight in full_weights(model) if not distributed.rank()}
+        if sharded
+        else {}
+    )
     if distributed.rank() == 0:
         if sharded:
             from huggingface_hub import save_torch_state_dict
