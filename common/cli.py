@@ -19,6 +19,7 @@ import tyro
 class System:
     """Of machines: they change speed and memory, not what is learnt."""
 
+    threads: int = 0  # CPU threads of each process; 0 = one for tiny models, torch's choice otherwise
     shard: Literal["none", "fsdp"] = "none"  # under torchrun: a whole copy in each process, or FSDP2's shards
     cpu_offload: bool = False  # with --shard fsdp: weights, gradients and optimizer state wait in CPU memory
     checkpointing: bool = False  # recompute each layer in the backward pass instead of keeping its activations
@@ -32,7 +33,6 @@ class Engines(System):
 
     vllm_memory: float = 0.4  # share of a GPU for --rollout vllm: its weights and key-value cache
     vllm_sleep: bool = False  # give that memory to the trainer between rollouts
-    engine_tis: float = 0.0  # bound of exp(trainer's - engine's log-prob), a weight of the loss (TRL: 3); 0 = off
     server_seconds: float = 600.0  # longest wait for one answer of a vLLM server
     teacher_cache: str = ""  # folder that keeps what a teacher on a server (--teacher http://...) said, by content
 

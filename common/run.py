@@ -23,9 +23,9 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from posttrain.common import distributed
 from posttrain.common.cli import UserError, first_line, require
-from posttrain.common.models import save_model
+from posttrain.common.machines import distributed
+from posttrain.common.machines.weights import save_model
 from posttrain.common.rollout import Rollout, Sampling
 from posttrain.common.tasks import Task
 from posttrain.common.training import evaluate
@@ -88,7 +88,7 @@ class Run:
 
     def save(self, step: int, **parts: Any) -> None:
         """Everything that --resume needs."""
-        from posttrain.common import checkpoint
+        from posttrain.common.machines import checkpoint
 
         plain = {name: part for name, part in parts.items() if isinstance(part, dict)}
         plain |= {"step": step, "seconds": self.seconds + time.monotonic() - self.start}
@@ -100,7 +100,7 @@ class Run:
         state = {"step": -1, "seconds": 0.0}
         found = self.config.resume and max(self.checkpoint.glob("step-*"), default=None)
         if found:
-            from posttrain.common import checkpoint
+            from posttrain.common.machines import checkpoint
 
             try:
                 state = checkpoint.load(found, {k: part for k, part in parts.items() if not isinstance(part, dict)})

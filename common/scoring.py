@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from posttrain.common import distributed
 from posttrain.common.cli import require
+from posttrain.common.machines import distributed
 from posttrain.common.models import autocast, plain
 from posttrain.common.rollout import Rollout
 from posttrain.kernels.logprob import linear_token_logp

@@ -26,8 +26,8 @@ from typing import Any
 import yaml
 from pebble import ProcessPool
 
-from posttrain.common import distributed
 from posttrain.common.cli import UserError, first_line, require
+from posttrain.common.machines import distributed
 
 CORRECT = 1.0  # the only grade that counts as correct, in rewards, accuracy and Pass@k alike: reward == CORRECT
 

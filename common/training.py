@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from posttrain.common import distributed
 from posttrain.common.cli import require
-from posttrain.common.rollout import HFEngine, Rollout, Sampling, seed_of
+from posttrain.common.machines import distributed
+from posttrain.common.rollout import Engine, Rollout, Sampling, seed_of
 from posttrain.common.tasks import CORRECT, Example, Task, grade_all
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -68,7 +68,7 @@ def pass_at_k(correct: Tensor, k: int) -> Tensor:
 
 
 def evaluate(
-    engine: HFEngine, task: Task, problems: list[Example], samples: int, sampling: Sampling, seed: int, by: str = ""
+    engine: Engine, task: Task, problems: list[Example], samples: int, sampling: Sampling, seed: int, by: str = ""
 ) -> tuple[dict[str, float], Rollout]:
     """Avg@samples, Pass@samples (both also for each value of column `by`), greedy; same problems and noise always."""
     alone = not hasattr(task, "environment") or hasattr(engine, "make_environment")
@@ -102,12 +102,11 @@ def evaluate(
     return metrics, rollout
 
 
-def engine_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, config: Any) -> Tensor:
-    """mask times min(p / q, --engine-tis), p the trainer's and q the engine's probability of the token: truncated
+def engine_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, most: float) -> Tensor:
+    """mask times min(p / q, most), p the trainer's and q the engine's probability of the token: truncated
     importance sampling for an engine that rounds otherwise. No gradient; mask itself where it is off, or q unknown.
     [N, T] -> [N, T]
     """
-    most = config.system.engine_tis
     known = (mask > 0) & behaviour_logps.isfinite() & logps.isfinite()
     ratio = torch.where(known, logps - behaviour_logps, 0).detach().exp().clamp(max=most) if most else 1.0
     return mask * ratio

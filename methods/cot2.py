@@ -36,8 +36,8 @@ import transformers
 from torch import Tensor, nn
 
 from posttrain.common.cli import System, cli, require, require_no_idle
-from posttrain.common.distributed import all_rows, part
 from posttrain.common.families.traces import ARROW, EOS, Traces, make_model
+from posttrain.common.machines.distributed import all_rows, part
 from posttrain.common.models import autocast, prepare
 from posttrain.common.rollout import seed_of
 from posttrain.common.run import Run
@@ -64,7 +64,6 @@ class Config:
     seed: int = 0  # feeds initialisation, data order and sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 1  # CPU threads; 0 = torch's choice
     eval_every: int = 410  # 0 = only before and after
     eval_problems: int = 1308  # held-out problems; the default task has so many
     save_every: int = 410  # steps between checkpoints
@@ -170,11 +169,8 @@ def embeddings(model: nn.Module) -> Tensor:
 
 
 def read(model: nn.Module, inputs: Tensor, start: int, cache: "transformers.DynamicCache | None" = None) -> Tensor:
-    """fp32 logits of what follows each position from `start` on.  [N, L, d] -> [N, L - start, V]
-
-    Under torchrun each process reads its own rows and gets the others' without gradient.
-    """
-    with autocast(model):
+    """fp32 logits of what follows each position from `start` on.  [N, L, d] -> [N, L - start, V]"""
+    with autocast(model):  # each process reads its own rows, and gets the others' without gradient
         options = {"past_key_values": cache, "use_cache": cache is not None, "logits_to_keep": inputs.shape[1] - start}
         return all_rows(model(inputs_embeds=inputs[part(len(inputs))], **options).logits.float())
 
@@ -212,7 +208,7 @@ def think(model: nn.Module, prompts: Tensor, steps: int, thought: Callable[[Tens
 
 
 def check(config: Config) -> None:
-    require(config.system.shard == "none", "these models are too small to lie in shards: leave out --shard")
+    require(config.system == System(config.system.threads), "models this small take no other such flag than --threads")
     trained = "--mode grpo goes on from a trained model: run --mode csft or discrete --out F, then give --model F/model"
     require(config.mode != "grpo" or config.model != "scratch", trained)
     require(config.group_size > 1, "a group's mean is the baseline: --group-size must be at least 2")
@@ -236,7 +232,7 @@ def check(config: Config) -> None:
 
 def main(config: Config) -> None:
     check(config)
-    device, task, mode = prepare(config), make_task(config.task), config.mode
+    device, task, mode = prepare(config, tiny=True), make_task(config.task), config.mode
     require(isinstance(task, Traces), f"--task {config.task!r} has no traces; choose mnns, prosqa or prontoqa")
     model, m = make_model(config, task, device, mode != "grpo"), task.paths.shape[2]
     # Arrows stand before a trace or, as fillers, before a bare answer; grpo asks in the way that the model was taught.
@@ -312,8 +308,7 @@ def main(config: Config) -> None:
                 target = soft_targets(paths[rows], config.budget, len(task.vocabulary))  # [B, m, V]
                 inputs = table[prompts[rows]]  # [B, n, d], and a thought more after each step
                 for t in range(m - 1):
-                    own = config.feed == "self"
-                    alpha = read(model, inputs, n - 1 + t)[:, 0].softmax(-1) if own else target[:, t]
+                    alpha = read(model, inputs, n - 1 + t)[:, 0].softmax(-1) if config.feed == "self" else target[:, t]
                     inputs = torch.cat([inputs, (alpha @ table)[:, None]], 1)
                 logits = read(model, inputs, n - 1)
                 losses = dict(zip(("loss/kl", "loss/answer"), csft_loss(logits, target), strict=True))
@@ -321,8 +316,7 @@ def main(config: Config) -> None:
                 logits = score(model, prompts[rows], drawn)
                 log_ratio = log_ratios(logits, old_logits, drawn, said, config)
                 losses = {"loss/policy": policy_loss(log_ratio, advantages.flatten(), config.clip)}
-                beyond = (log_ratio.exp() - 1) * advantages.view(-1, 1).sign()  # on the side that matters
-                clipped = (beyond > config.clip).double().mean().item()
+                clipped = ((log_ratio.exp() - 1) * advantages.view(-1, 1).sign() > config.clip).double().mean().item()
                 metrics |= {"policy/kl_old": -log_ratio.mean().item(), "policy/clipped": clipped}
                 if config.beta:
                     to_reference = log_ratios(ref_logits, logits, drawn, said, config)

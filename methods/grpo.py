@@ -67,7 +67,6 @@ class Config:
     rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
     lora_rank: int = 0  # 0 = full fine-tuning
     micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
     eval_every: int = 40  # 0 = only before and after
@@ -130,9 +129,7 @@ def group_advantages(reward: Tensor, group: Tensor, adv: str, eps: float = 1e-4,
         every = reward[scored]
         std = ((every - every.mean()) ** 2).sum() / max(1, len(every) - ddof)
         return centred / (std.sqrt() + eps)
-    if adv == "rloo":  # r minus the mean of the others
-        return centred * n / (n - 1).clamp(min=1)
-    return centred
+    return centred * n / (n - 1).clamp(min=1) if adv == "rloo" else centred  # rloo: r minus the mean of the others
 
 
 def importance_ratio(logps: Tensor, old_logps: Tensor, loss_mask: Tensor, level: str) -> Tensor:
@@ -227,16 +224,12 @@ def clip_fractions(ratio: Tensor, advantages: Tensor, config: Config) -> dict[st
 
 
 def check(config: Config) -> None:
-    require(
-        not config.system.engine_tis, "--engine-tis is for methods without a correction of their own; here take --tis"
-    )
     require(config.group_size > 1, "GRPO compares responses to one prompt: --group-size must be at least 2")
     require(config.temperature > 0, "greedy responses are all equal, no signal: --temperature must be above 0")
     require(not config.delta or config.delta > 1 + config.eps_hi, "--delta bounds beyond the clip: above 1 + --eps-hi")
     refreshes = config.beta and not config.lora_rank
     require(refreshes or not config.ref_every, "--ref-every refreshes the reference of --beta; not with --lora-rank")
-    shares = 0 < config.ent_top <= 1 and 0 < config.ref_mix <= 1
-    require(shares, "--ent-top and --ref-mix must lie in (0, 1]")
+    require(0 < config.ent_top <= 1 and 0 < config.ref_mix <= 1, "--ent-top and --ref-mix must lie in (0, 1]")
     again = config.share_prompts and (config.system.checkpointing or config.system.shard == "fsdp")
     require(not again, "--share-prompts goes neither with --checkpointing nor with --shard fsdp: leave one away")
     require(config.tis_min < config.tis_max, "--tis-min must be below --tis-max")

@@ -68,7 +68,6 @@ class Config:
     rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
     lora_rank: int = 0  # 0 = full fine-tuning
     micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
     eval_every: int = 40  # 0 = only before and after
@@ -162,14 +161,12 @@ def row_weights(loss_mask: Tensor, agg: str, max_new_tokens: int) -> Tensor:
 
 def teacher_divergence(policy, hidden: Tensor, teacher, teacher_hidden: Tensor, vocab_size: int, config: Config):
     """Eq. 1 or 2 at each sampled token, with gradient for the student.  [n, Hs], [n, Ht] -> D [n], diagnostics [n]"""
-    kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(config.beta, "jsd")
+    form = {"kind": {0.0: "forward_kl", 1.0: "reverse_kl"}.get(config.beta, "jsd"), "beta": config.beta}
     shared = {"temperature": config.divergence_temperature, "vocab_size": vocab_size}
     ours, theirs = lm_head(policy), {} if isinstance(teacher_hidden, tuple) else lm_head(teacher)
     if config.est == "full":
         sides = {f"student_{k}": v for k, v in ours.items()} | {f"teacher_{k}": v for k, v in theirs.items()}
-        return linear_divergence(
-            hidden, teacher_hidden=teacher_hidden, kind=kind, beta=config.beta, **sides, **shared
-        ), {}
+        return linear_divergence(hidden, teacher_hidden=teacher_hidden, **form, **sides, **shared), {}
     with torch.no_grad():
         ids, logps = linear_topk_logp(teacher_hidden, k=config.top_k, **theirs, **shared) if theirs else teacher_hidden
         student_ids, student_logps = linear_topk_logp(hidden, k=config.top_k, **ours, **shared)
@@ -181,7 +178,7 @@ def teacher_divergence(policy, hidden: Tensor, teacher, teacher_hidden: Tensor, 
             ids = student_ids if config.support == "student" else torch.cat([ids, new], -1)
             _, logps = linear_topk_logp(teacher_hidden, ids=ids, **theirs, **shared)
     divergence = linear_topk_divergence(
-        hidden, topk_ids=ids, topk_logprobs=logps, kind=kind, beta=config.beta, tail=config.tail, **ours, **shared
+        hidden, topk_ids=ids, topk_logprobs=logps, tail=config.tail, **form, **ours, **shared
     )
     return divergence, {f"opd/{key}": value for key, value in measured.items()}
 
@@ -210,7 +207,6 @@ def others_responses(problems: list[Example], task: Task, engine, teacher_engine
 
 
 def check(config: Config) -> None:
-    require(not config.system.engine_tis, "--engine-tis: the loss here starts at the engine's log-probs; leave it out")
     blind = config.support == "teacher" and config.tail != "bucket" and config.beta == 1
     require(config.lmbda == 1 or config.est in ("full", "topk"), "--lmbda below 1 needs --est full or --est topk")
     shares = (config.beta, config.lmbda, config.ema, config.prefix_frac)
@@ -218,9 +214,7 @@ def check(config: Config) -> None:
     require(inside, "--beta, --lmbda, --ema must lie in [0, 1] and --prefix-frac in (0, 1]")
     hot = config.temperature > 0 and config.divergence_temperature > 0
     require(hot, "--temperature and --divergence-temperature must be above 0")
-    require(
-        config.est != "topk" or not blind, "reverse KL on the teacher's list alone falls by leaving it: --tail bucket"
-    )
+    require(config.est != "topk" or not blind, "reverse KL on the teacher's list falls by leaving it: --tail bucket")
     ema = config.teacher == "self" and config.teacher_sync == "ema"
     require(not ema or not config.lora_rank, "--teacher-sync ema averages full weights: it needs --lora-rank 0")
 
@@ -235,22 +229,20 @@ def main(config: Config) -> None:
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     itself = config.teacher == "self"
     teacher_tokenizer = load_tokenizer(config.model if itself else config.teacher)
-    live = itself and config.teacher_sync == "live"
     if itself:
-        teacher = policy if live else load_start(policy, config.model, device, config.dtype)
+        teacher = policy if config.teacher_sync == "live" else load_start(policy, config.model, device, config.dtype)
     else:
         teacher = load_model(config.teacher, device, config.dtype, train=False)
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
     direct = config.est in ("full", "topk")  # these read the teacher's whole distribution, or a server's lists of K
     lists = getattr(teacher, "topk", None) if (config.est, config.support) == ("topk", "teacher") else None
-    require(lists or not direct or lm_head(teacher), "")  # a teacher on a server without lists is told now
+    _ = lists or not direct or lm_head(teacher)  # a teacher on a server that is to give more than lists is refused now
     engine = make_engine(policy, tokenizer, config)
     teacher_engine = make_engine(teacher, teacher_tokenizer)
     require(config.top_k <= vocab_size, f"--top-k {config.top_k} exceeds the vocabulary of {vocab_size} tokens")
     same_end = engine.stop_ids == teacher_engine.stop_ids
     require(same_end or config.mask_eos, "student and teacher end with different tokens: --mask-eos leaves them out")
-    optimizer = Optimizer(policy, config)
-    run = Run(config, "opd")
+    optimizer, run = Optimizer(policy, config), Run(config, "opd")
     state = {"start": 0.0, "teacher": 0.0}  # held-out accuracies, for the share of the gap that is closed
     parts = {"policy": policy, "optimizer": optimizer, "state": state}
     if itself and config.teacher_sync == "ema":
@@ -266,8 +258,7 @@ def main(config: Config) -> None:
 
     for step in run.steps(done):
         # --- sample and grade
-        clock = [time.perf_counter()]
-        key = (config.seed, step, 0)
+        clock, key = [time.perf_counter()], (config.seed, step, 0)
         problems = task.draw(config.prompts_per_step, *key)
         sft = step <= config.cold_start_steps
         on_policy = not sft and random.Random(seed_of(*key, 1)).random() < config.lmbda
@@ -314,10 +305,11 @@ def main(config: Config) -> None:
                 token_loss = -logps
             elif direct:
                 with torch.no_grad():
-                    if lists:
-                        teacher_hidden = lists(seen[rows], config.top_k, config.divergence_temperature)
-                    else:
-                        teacher_hidden = sampled_hidden(teacher, seen[rows])  # [n, Ht], row for row with hidden
+                    heat = config.divergence_temperature
+                    teacher_hidden = (
+                        lists(seen[rows], config.top_k, heat) if lists else sampled_hidden(teacher, seen[rows])
+                    )
+                    if not lists:  # [n, Ht], row for row with hidden
                         scores = token_logps(teacher, seen[rows], config.temperature, vocab_size, teacher_hidden)
                         teacher_logps[rows], teacher_entropy[rows] = (carry(x, seen[rows], batch) for x in scores)
                 divergence, measured = teacher_divergence(policy, hidden, teacher, teacher_hidden, vocab_size, config)

@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from posttrain.common.cli import Engines, cli, require
-from posttrain.common.distributed import add_up
 from posttrain.common.environments.hints import hint_texts
+from posttrain.common.machines.distributed import add_up
 from posttrain.common.models import load_model, load_start, load_tokenizer, plain, prepare
 from posttrain.common.rollout import Rollout, Sampling, encode, make_engine, under_prompts
 from posttrain.common.run import Run
@@ -80,7 +80,6 @@ class Config:
     rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
     lora_rank: int = 0  # 0 = full fine-tuning
     micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
     eval_every: int = 40  # 0 = only before and after
@@ -120,6 +119,7 @@ class Config:
     agg: Literal["token", "seq", "const"] = "token"  # mean of tokens, of rows' means, over B L_max (verl)
     drop_flat: bool = False  # groups whose A are all 0 leave the step, KL and N included (paper)
     sft_steps: int = 0  # first steps: imitate the correct among T's responses; then as the other flags say
+    engine_tis: float = 0.0  # bound of exp(trainer's - engine's log-prob), a weight of the loss (TRL: 3); 0 = off
 
 
 def group_means_off(reward: Tensor, group: Tensor) -> Tensor:
@@ -282,10 +282,8 @@ def main(config: Config) -> None:
         live = torch.isin(group, group[advantages.abs() >= 1e-8])
         mask = mask * live[:, None] if config.drop_flat and not sft else mask
         mask = mask * (rollout.reward >= CORRECT)[:, None] if sft else mask
-        w = (
-            engine_weights(old_logps, rollout.behaviour_logps, mask, config)
-            * row_weights(mask, config.agg, config.max_new_tokens)[:, None]
-        )  # [N, T], m / N
+        w = mask * row_weights(mask, config.agg, config.max_new_tokens)[:, None]  # [N, T], m / N
+        w = engine_weights(old_logps, rollout.behaviour_logps, w, config.engine_tis)
 
         # --- update
         stats, metrics = Stats(), rollout_metrics(rollout, reward, task)

@@ -80,7 +80,6 @@ class Config:
     rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
     lora_rank: int = 0  # 0 = full fine-tuning
     micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
     eval_every: int = 50  # 0 = only before and after
@@ -185,7 +184,6 @@ def prompt_of(kind: str, task: Task, example: Example, **facts: str) -> list[dic
 
 
 def check(config: Config) -> None:
-    require(not config.system.engine_tis, "--engine-tis: the loss here starts at the engine's log-probs; leave it out")
     require(config.group_size > 1, "a group's mean is the baseline: --group-size must be at least 2")
     require(config.temperature > 0, "greedy tries are all equal, no signal: --temperature must be above 0")
     require(config.minibatches <= config.prompts_per_step * config.group_size, "--minibatches exceeds the first tries")

@@ -73,7 +73,6 @@ class Config:
     rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
     lora_rank: int = 0  # 0 = full fine-tuning
     micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
     eval_every: int = 40  # 0 = only before and after
@@ -239,7 +238,6 @@ def recovery_probe(engine, teacher_engine, task: Task, sampling, vocab_size: int
 
 
 def check(config: Config) -> None:
-    require(not config.system.engine_tis, "--engine-tis: the loss here starts at the engine's log-probs; leave it out")
     require(config.temperature > 0 and config.tau > 0, "--temperature and --tau must be above 0")
     chosen = (config.student_weights, config.teacher_weights, config.tau) != ("paper", "paper", 1.0)
     flat = "--weighting none makes both paths uniform: leave out --student-weights, --teacher-weights and --tau"

@@ -76,7 +76,6 @@ class Config:
     seed: int = 0  # feeds initialisation, data order, dropout and the noise of digits
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 0  # CPU threads; 0 = one for digits, torch's choice otherwise
     lora_rank: int = 0  # 0 = full fine-tuning
     eval_every: int = 100  # 0 = only before and after
     eval_problems: int = 600  # held-out examples
@@ -252,7 +251,7 @@ def check(config: Config, kind: str) -> None:
 
 def main(config: Config) -> None:
     digits = config.task.partition(":")[0] == "digits"
-    device = prepare(replace(config, threads=config.threads or int(digits)))
+    device = prepare(config, tiny=digits)
     kind = "digits" if digits else config.kind if config.kind != "auto" else kind_of(config.model)
     check(config, kind)
     same, lm = config.mode == "batch", kind in ("seq2seq", "causal")

@@ -73,7 +73,6 @@ class Config:
     rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
     lora_rank: int = 0  # 0 = full fine-tuning
     micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
     eval_every: int = 50  # 0 = only before and after
@@ -106,6 +105,7 @@ class Config:
     eps_lo: float = 0.2  # lower clip
     eps_hi: float = 0.28  # upper clip
     minibatches: int = 1  # optimizer steps a batch
+    engine_tis: float = 0.0  # bound of exp(trainer's - engine's log-prob), a weight of the loss (TRL: 3); 0 = off
 
 
 def group_advantages(reward: Tensor, group: Tensor, eps: float = 1e-6) -> Tensor:
@@ -205,7 +205,7 @@ def main(config: Config) -> None:
     distils = config.sdl_coef > 0 and config.skill_to != "student"
     plays = config.skill_to == "student" or (config.skill_to == "teacher" and config.sampler == "teacher")
     is_read = plays or (distils and config.skill_to == "teacher")
-    moves = config.sampler == "teacher" or config.minibatches > 1 or config.system.engine_tis > 0  # the ratio is not 1
+    moves = config.sampler == "teacher" or config.minibatches > 1 or config.engine_tis > 0  # the ratio is not 1
 
     def examine(step: int) -> dict[str, float]:
         """Held-out evaluation; on training tasks the student's success, and the teacher's with skills."""
@@ -278,7 +278,7 @@ def main(config: Config) -> None:
         # --- update
         stats, metrics = Stats(), rollout_metrics(rollout, reward, task)
         start = behaviour_logps if config.sampler == "teacher" else student_logps  # of the ratio
-        trusted = engine_weights(start, behaviour_logps, torch.ones_like(mask), config)
+        trusted = engine_weights(start, behaviour_logps, torch.ones_like(mask), config.engine_tis)
         learns = bool((config.adv_grpo * advantages).any()) or bool(sdl_mask.any())
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
         for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):

@@ -66,7 +66,6 @@ class Config:
     rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
     lora_rank: int = 0  # 0 = full fine-tuning
     micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
     eval_every: int = 25  # 0 = only before and after
@@ -101,6 +100,7 @@ class Config:
     dual_clip: float = 3.0  # Eq. 5: bound of the loss where Adv < 0, in units of -Adv; 0 = off
     loss_agg: Literal["token", "seq"] = "token"  # Eq. 5, or (paper's text) mean of rows' means
     minibatches: int = 2  # optimizer steps a batch (released script: 4)
+    engine_tis: float = 0.0  # bound of exp(trainer's - engine's log-prob), a weight of the loss (TRL: 3); 0 = off
 
 
 def shaped_reward(reward: Tensor, turns: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def main(config: Config) -> None:
         )  # [N, T], fixed from here
 
         # --- update
-        stats, trusted = Stats(), engine_weights(old_logps, rollout.behaviour_logps, mask, config)
+        stats, trusted = Stats(), engine_weights(old_logps, rollout.behaviour_logps, mask, config.engine_tis)
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2**31))
         metrics = rollout_metrics(rollout, reward, task) | step_metrics(d, by_turn, there, called, failed)
         for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):

@@ -68,7 +68,6 @@ class Config:
     rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes under autocast, weights stay fp32
-    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
     lora_rank: int = 0  # 0 = full fine-tuning
     micro_batch_tokens: int = 8192  # padded tokens a forward and backward; changes memory, not results
     eval_every: int = 40  # 0 = only before and after
@@ -98,6 +97,7 @@ class Config:
     minibatches: int = 1  # optimizer steps a batch
     denominator: Literal["generated", "kept"] = "generated"  # B of Eq. 6: all rows, so that dropping slows; or the kept
     task_coef: float = 0.0  # weight of GRPO's advantage, added to A: a control for Eq. 3
+    engine_tis: float = 0.0  # bound of exp(trainer's - engine's log-prob), a weight of the loss (TRL: 3); 0 = off
 
 
 def margins(returns: Tensor, correct: Tensor, incorrect: Tensor, group: Tensor, mode: str) -> Tensor:
@@ -262,8 +262,7 @@ def main(config: Config) -> None:
 
     for step in run.steps(done):
         # --- sample and grade
-        clock = [time.perf_counter()]
-        key = (config.seed, step, 0)
+        clock, key = [time.perf_counter()], (config.seed, step, 0)
         rollout = engine.generate(task.draw(config.prompts_per_step, *key), config.group_size, sampling, key)
         rollout.reward = torch.tensor(grade_all(reward, rollout.examples, rollout.texts), device=device)
         require(not (rollout.reward > CORRECT).any(), "--reward gave more than 1: 1 must mean correct, less incorrect")
@@ -320,7 +319,7 @@ def main(config: Config) -> None:
             advantages = advantages + config.task_coef * task_advantages(rollout.reward, group)[:, None]
 
         # --- update
-        stats, trusted = Stats(), engine_weights(old_logps, rollout.behaviour_logps, mask, config)
+        stats, trusted = Stats(), engine_weights(old_logps, rollout.behaviour_logps, mask, config.engine_tis)
         shuffle = torch.Generator().manual_seed(seed_of(config.seed, step, 2))
         for part in torch.randperm(len(rollout), generator=shuffle).to(device).chunk(config.minibatches):
             c = (row_weights(mask[part], keep[part], config.denominator) * scales[part])[:, None]

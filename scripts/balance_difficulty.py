@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.progress import track
 
 from posttrain.common.cli import UserError, cli, require
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import load_model, load_tokenizer, prepare
-from posttrain.common.rollout import HFEngine, Sampling, seed_of
+from posttrain.common.rollout import Sampling, seed_of
 from posttrain.common.run import write_atomically
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task, text_of
 

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from posttrain.common.cli import cli
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import load_model, load_tokenizer, prepare
-from posttrain.common.rollout import HFEngine, Sampling, encode
+from posttrain.common.rollout import Sampling, encode
 from posttrain.common.tasks import make_task
 
 

@@ -40,7 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from posttrain.common import rollout
-from posttrain.common.cli import UserError, cli, require
+from posttrain.common.cli import Engines, UserError, cli, require
 from posttrain.common.models import TINY, load_model, load_tokenizer
 from posttrain.common.rollout import encode
 from posttrain.common.run import versions, write_atomically
@@ -128,10 +128,11 @@ def run_ours(job: SimpleNamespace, meter: Meter, **flags: Any) -> list[dict[str,
 
     resources, rollout.stop_ids = grpo.resources, lambda *_: []
     grpo.load_model, grpo.resources, grpo.time = load, look, SimpleNamespace(perf_counter=meter.mark)
-    shared = {key: getattr(job, key) for key in ("model", "group_size", "max_new_tokens", "lr", "steps", "threads")}
+    shared = {key: getattr(job, key) for key in ("model", "group_size", "max_new_tokens", "lr", "steps")}
     grpo.main(
         grpo.Config(
-            **shared, task=job.file, reward=f"{__file__}:variety", prompts_per_step=job.prompts, beta=job.beta, kl="k3",
+            **shared, system=Engines(threads=job.threads), task=job.file, reward=f"{__file__}:variety",
+            prompts_per_step=job.prompts, beta=job.beta, kl="k3",
             micro_batch_tokens=job.micro_tokens, device=job.device, schedule="constant", warmup=0, eval_every=0,
             eval_problems=1, eval_samples=1, save_every=0, out=job.folder, **flags,
         )

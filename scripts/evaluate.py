@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from posttrain.common.cli import UserError, cli, require
+from posttrain.common.cli import Engines, UserError, cli, require
 from posttrain.common.environments.episodes import Episodes
 from posttrain.common.environments.tools import Form, make_environment
 from posttrain.common.models import load_model, load_tokenizer, prepare
@@ -45,7 +45,7 @@ class Config:
     rollout: str = "hf"  # sampling engine: hf, vllm in this process, or vLLM servers http://host:8000,...
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
-    threads: int = 0  # CPU threads; 0 = one for tiny models, torch's choice otherwise
+    system: Engines = Engines()  # flags about machines and engines: common/cli.py
     out: str = ""  # folder for samples.jsonl and summary.json; empty = print only
 
 

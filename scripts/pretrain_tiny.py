@@ -25,9 +25,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.common.cli import cli, require
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.environments.episodes import Episodes, demonstrated
-from posttrain.common.models import TINY, load_model, load_tokenizer, save_model
-from posttrain.common.rollout import HFEngine, Sampling, encode, seed_of, written
+from posttrain.common.machines.weights import save_model
+from posttrain.common.models import TINY, load_model, load_tokenizer
+from posttrain.common.rollout import Sampling, encode, seed_of, written
 from posttrain.common.run import versions, write_atomically
 from posttrain.common.scoring import token_logps
 from posttrain.common.tasks import CORRECT, make_task

@@ -24,8 +24,9 @@ from rich.progress import track
 from rich.table import Table
 
 from posttrain.common.cli import cli, require
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import load_model, load_tokenizer
-from posttrain.common.rollout import HFEngine, Sampling
+from posttrain.common.rollout import Sampling
 from posttrain.common.run import EVAL_KEYS, RESULTS, versions, write_atomically
 from posttrain.common.tasks import CORRECT, make_task
 

@@ -17,7 +17,7 @@ import torch
 
 site.addsitedir(str(Path(__file__).resolve().parents[1] / "methods"))
 distributed, run, cli, training = (
-    importlib.import_module(f"posttrain.common.{name}") for name in ("distributed", "run", "cli", "training")
+    importlib.import_module(f"posttrain.common.{name}") for name in ("machines.distributed", "run", "cli", "training")
 )
 torch.set_num_threads(1)
 run.plot = lambda *args: None  # half of a short run's time

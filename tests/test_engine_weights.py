@@ -2,22 +2,16 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from posttrain.common import cli
-from posttrain.common.cli import Engines, System, UserError
-from posttrain.common.rollout import HFEngine
+from posttrain.common.cli import System
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.training import engine_weights
-from posttrain.methods import grpo, opd, pi_distill, rltf, scope_opd, skill_sd, sod, uni_opd
+from posttrain.methods import pi_distill, skill_sd, sod, uni_opd
 
 SMALL = {"steps": 1, "prompts_per_step": 4, "group_size": 4, "eval_problems": 4, "eval_samples": 1, "eval_every": 0}
-
-
-def settings(most: float) -> SimpleNamespace:
-    return SimpleNamespace(system=Engines(engine_tis=most))
 
 
 def test_against_a_loop_in_float64():
@@ -26,7 +20,7 @@ def test_against_a_loop_in_float64():
     mask = (torch.rand(5, 7, generator=noise) > 0.4).double()
     mask[2] = 0  # a response of no tokens
     behaviour[0, 0], mask[0, 0], logps[1, 1], mask[1, 1] = -math.inf, 1, -math.inf, 1
-    found = engine_weights(logps.requires_grad_(), behaviour, mask, settings(1.5))
+    found = engine_weights(logps.requires_grad_(), behaviour, mask, 1.5)
     for i in range(5):
         for t in range(7):
             p, q = logps[i, t].item(), behaviour[i, t].item()
@@ -37,7 +31,7 @@ def test_against_a_loop_in_float64():
 
 def test_off_it_is_the_mask():
     mask = torch.tensor([[1.0, 0.0, 1.0]])
-    assert torch.equal(engine_weights(torch.randn(1, 3), torch.randn(1, 3), mask, settings(0.0)), mask)
+    assert torch.equal(engine_weights(torch.randn(1, 3), torch.randn(1, 3), mask, 0.0), mask)
 
 
 @pytest.mark.parametrize("module", [uni_opd, sod, skill_sd, pi_distill])
@@ -55,16 +49,9 @@ def test_the_gradient_is_scaled_by_the_bounded_weight(module, tmp_path, monkeypa
     reward = {"reward": "random"} if module is skill_sd else {}
     for most in (0.0, 2.0, 10.0):
         out = tmp_path / f"{most}"
-        module.main(module.Config(**SMALL, **reward, system=Engines(engine_tis=most), out=str(out)))
+        module.main(module.Config(**SMALL, **reward, engine_tis=most, out=str(out)))
         norms[most] = json.loads((out / "metrics.jsonl").read_text().splitlines()[1])["optim/grad_norm"]
     assert norms[0.0] > 0
     assert norms[2.0] / norms[0.0] == pytest.approx(2, rel=1e-3) and norms[10.0] / norms[0.0] == pytest.approx(
         3, rel=1e-3
     )
-
-
-@pytest.mark.parametrize("module", [grpo, opd, scope_opd, rltf])
-def test_it_is_refused_where_it_would_be_idle(module):
-    with pytest.raises(UserError, match="--engine-tis"):
-        module.check(module.Config(system=Engines(engine_tis=2.0)))
-    cli.check_ranges(module.Config())

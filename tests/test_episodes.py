@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from posttrain.common import rollout as rollout_module
 from posttrain.common.cli import UserError
+from posttrain.common.engines.hf import HFEngine, Memory, sample_tokens
 from posttrain.common.environments import episodes as module
 from posttrain.common.environments.episodes import Environment, Episodes, Step, demonstrated, reply
 from posttrain.common.environments.tools import ToolUse, make_environment
 from posttrain.common.families.chain import Chain
 from posttrain.common.models import load_model, load_tokenizer
-from posttrain.common.rollout import HFEngine, Memory, Sampling, concat, encode, sample_tokens, under_prompts
+from posttrain.common.rollout import Sampling, concat, encode, under_prompts
 from posttrain.common.scoring import carry, score
 from posttrain.common.tasks import Example, make_task
 from posttrain.common.training import evaluate

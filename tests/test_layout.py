@@ -205,17 +205,17 @@ def test_common_names_no_method(path):
 
 
 @pytest.mark.parametrize("path", METHODS, ids=ids(METHODS))
-def test_a_method_has_150_to_360_lines(path):
-    assert 150 <= len(path.read_text().splitlines()) <= 360
+def test_a_method_has_150_to_350_lines(path):
+    assert 150 <= len(path.read_text().splitlines()) <= 350
 
 
-LINES = {"common": 1950, "common/engines": 900, "common/environments": 910}
+LINES = {"common": 1310, "common/engines": 1000, "common/environments": 910, "common/machines": 550}
 LINES |= {"common/families": 1050, "common/labelled": 360}
 
 
 @pytest.mark.parametrize(("folder", "most"), LINES.items())
 def test_common_is_thin(folder, most):
-    """Plumbing; vLLM; episodes and tools; the embedded tasks; examples with labels."""
+    """Plumbing; engines; episodes and tools; processes and memory; the embedded tasks; examples with labels."""
     assert 0 < sum(len(path.read_text().splitlines()) for path in (ROOT / folder).glob("*.py")) <= most
 
 

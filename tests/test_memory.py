@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from posttrain.common.cli import Engines, UserError
-from posttrain.common.memory import activations, at_rest, cache_bytes, estimate, models_of, report, skeleton
+from posttrain.common.engines.hf import HFEngine
+from posttrain.common.machines.memory import activations, at_rest, cache_bytes, estimate, models_of, report, skeleton
 from posttrain.common.models import autocast, load_model, load_tokenizer, plain
-from posttrain.common.rollout import HFEngine, Sampling
+from posttrain.common.rollout import Sampling
 from posttrain.common.scoring import token_logps
 from posttrain.common.tasks import make_task
 from posttrain.common.training import Optimizer

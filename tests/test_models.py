@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from posttrain.common.models import full_weights, load_model, save_model
+from posttrain.common.machines.weights import full_weights, save_model
+from posttrain.common.models import load_model
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}

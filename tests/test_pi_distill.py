@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from posttrain.common.cli import UserError
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.environments.hints import hint_texts
 from posttrain.common.families.lookup import FACTS, OPERATORS, TAUGHT, Lookup
 from posttrain.common.models import load_model, load_tokenizer
-from posttrain.common.rollout import HFEngine, encode
+from posttrain.common.rollout import encode
 from posttrain.common.tasks import Example, make_task, text_of
 from posttrain.methods import grpo, opd, pi_distill
 from posttrain.methods.pi_distill import (

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from posttrain.common.cli import UserError
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.environments.critics import BLANK, criticise, is_model, tells
 from posttrain.common.models import load_model, load_tokenizer
-from posttrain.common.rollout import HFEngine, Sampling, assemble, encode
+from posttrain.common.rollout import Sampling, assemble, encode
 from posttrain.common.tasks import Example, make_task
 from posttrain.common.training import Optimizer, evaluate
 from posttrain.methods import grpo, rltf

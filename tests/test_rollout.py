@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from posttrain.common.engines.hf import HFEngine, sample_tokens
 from posttrain.common.models import load_model, load_tokenizer
-from posttrain.common.rollout import HFEngine, Sampling, encode, sample_tokens, seed_of
+from posttrain.common.rollout import Sampling, encode, seed_of
 from posttrain.common.scoring import score
 from posttrain.common.tasks import Example
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.common import checkpoint
 from posttrain.common.cli import Engines, System, UserError, cli
+from posttrain.common.machines import checkpoint
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
 from posttrain.methods import grpo, opd, pi_distill, rltf, scope_opd, skill_sd, sod, uni_opd

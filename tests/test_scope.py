@@ -14,9 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from posttrain.common.cli import UserError
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.families.arithmetic import Arithmetic
 from posttrain.common.models import TINY, load_model, load_tokenizer
-from posttrain.common.rollout import HFEngine, Sampling
+from posttrain.common.rollout import Sampling
 from posttrain.common.tasks import make_task
 from posttrain.methods import opd, scope_opd
 from posttrain.methods.scope_opd import (

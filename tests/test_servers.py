@@ -26,9 +26,10 @@ import httpx
 
 from posttrain.common import models
 from posttrain.common.cli import Engines, UserError
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.engines.teacher import ServerModel, served
 from posttrain.common.models import TINY, load_model, load_tokenizer, shared_vocabulary
-from posttrain.common.rollout import Engine, HFEngine, Sampling, make_engine
+from posttrain.common.rollout import Engine, Sampling, make_engine
 from posttrain.common.scoring import lm_head, sampled_hidden, score
 from posttrain.common.tasks import make_task
 from posttrain.kernels.logprob import linear_topk_logp

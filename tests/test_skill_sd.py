@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from posttrain.common import checkpoint
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.environments.episodes import Episode, Episodes, Turn
 from posttrain.common.environments.summaries import (
     best_rows,
@@ -23,8 +23,9 @@ from posttrain.common.environments.summaries import (
     with_skill,
 )
 from posttrain.common.families.sokoban import without_oldest
+from posttrain.common.machines import checkpoint
 from posttrain.common.models import TINY, load_model, load_tokenizer
-from posttrain.common.rollout import HFEngine, Sampling, assemble, encode, under_prompts
+from posttrain.common.rollout import Sampling, assemble, encode, under_prompts
 from posttrain.common.scoring import carry, score, score_within
 from posttrain.common.tasks import Example, make_task
 from posttrain.methods import grpo, skill_sd

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import TINY, load_model, load_tokenizer
-from posttrain.common.rollout import HFEngine, Sampling
+from posttrain.common.rollout import Sampling
 from posttrain.common.tasks import make_task
 from posttrain.common.training import evaluate
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from posttrain.common.cli import UserError
-from posttrain.common.rollout import HFEngine, assemble
+from posttrain.common.engines.hf import HFEngine
+from posttrain.common.rollout import assemble
 from posttrain.common.scoring import sampled_hidden, token_logps
 from posttrain.methods import grpo, opd, uni_opd
 from posttrain.methods.uni_opd import (

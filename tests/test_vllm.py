@@ -21,9 +21,11 @@ if os.environ.get("POSTTRAIN_VLLM") != "1" or not importlib.util.find_spec("vllm
 
 from posttrain.common.cli import Engines, UserError
 from posttrain.common.engines import local
+from posttrain.common.engines.hf import HFEngine
 from posttrain.common.environments.episodes import Environment, Episodes, Step
-from posttrain.common.models import full_weights, load_model, load_tokenizer
-from posttrain.common.rollout import HFEngine, Sampling, encode, make_engine
+from posttrain.common.machines.weights import full_weights
+from posttrain.common.models import load_model, load_tokenizer
+from posttrain.common.rollout import Sampling, encode, make_engine
 from posttrain.common.scoring import score
 from posttrain.common.tasks import make_task
 

@@ -21,7 +21,8 @@ import transformers
 from torch import Tensor, nn
 
 from posttrain.common.cli import UserError, first_line, require
-from posttrain.common.models import device_of, full_weights, plain
+from posttrain.common.machines.weights import full_weights
+from posttrain.common.models import device_of, plain
 from posttrain.common.rollout import Engine, Sampling, seed_of
 
 QUIET = {
@@ -102,8 +103,8 @@ class VLLMEngine(Engine):
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        with super().ready():
-            yield
+        self.refresh()
+        yield
         self.sleep()
 
     def sleep(self) -> None:

@@ -14,10 +14,10 @@ import httpx
 import torch
 from torch import nn
 
-from posttrain.common import distributed
 from posttrain.common.cli import first_line
 from posttrain.common.engines.client import Servers
-from posttrain.common.models import full_weights
+from posttrain.common.machines import distributed
+from posttrain.common.machines.weights import full_weights
 
 
 class Broadcast:

@@ -11,19 +11,23 @@ Weights travel by disk (write_weights), or between GPUs by NCCL if the server ha
 """
 
 import atexit
+import contextlib
 import hashlib
 import shutil
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from posttrain.common import distributed, models
+from posttrain.common import models
 from posttrain.common.cli import UserError, require
 from posttrain.common.engines.client import GENERATE, Failure, Server, Servers
-from posttrain.common.models import device_of, full_weights, plain
+from posttrain.common.machines import distributed
+from posttrain.common.machines.weights import full_weights
+from posttrain.common.models import device_of, plain
 from posttrain.common.rollout import Engine, Sampling
 
 LOWEST = -9999.0  # how vLLM writes a log-prob of -inf
@@ -49,6 +53,11 @@ class ServerEngine(Engine):
             for old in Path(out).glob("weights-*") if out else ():  # a killed run's
                 shutil.rmtree(old, ignore_errors=True)
             atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def ready(self) -> Iterator[None]:
+        self.refresh()
+        yield
 
     def refresh(self) -> None:
         """Under torchrun every rank gathers, the first writes and pushes, and all wait for it."""

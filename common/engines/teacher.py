@@ -18,10 +18,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from posttrain.common import distributed
 from posttrain.common.cli import UserError, require
 from posttrain.common.engines.client import GENERATE, Failure, Server, Servers
 from posttrain.common.engines.server import LOWEST, seconds_of_system
+from posttrain.common.machines import distributed
 from posttrain.common.models import from_pretrained
 from posttrain.common.rollout import Rollout
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from posttrain.common.cli import require
 from posttrain.common.models import plain
-from posttrain.common.rollout import HFEngine, Sampling, encode
+from posttrain.common.rollout import Engine, Sampling, encode
 from posttrain.common.tasks import Example, text_of
 
 BLANK = "incorrect"  # what a critique says that says nothing
@@ -29,7 +29,7 @@ def is_model(spec: str, task: Any) -> bool:
     return spec not in known and column == spec
 
 
-def ask(writer: HFEngine, asked: list[Example], brief: Sampling, key: tuple) -> list[str]:
+def ask(writer: Engine, asked: list[Example], brief: Sampling, key: tuple) -> list[str]:
     """What the writer's model says to each; "" where its context does not hold the prompt and `brief`."""
     context = getattr(plain(writer.model).config, "max_position_embeddings", None) or math.inf
     fits = [len(encode(writer.tokenizer, each.prompt)) + brief.max_new_tokens <= context for each in asked]
@@ -39,7 +39,7 @@ def ask(writer: HFEngine, asked: list[Example], brief: Sampling, key: tuple) -> 
 
 
 def criticise(
-    spec: str, writer: HFEngine | None, task: Any, examples: list, attempts: list, brief: Sampling, key: tuple
+    spec: str, writer: Engine | None, task: Any, examples: list, attempts: list, brief: Sampling, key: tuple
 ) -> list[str]:
     """A critique of each attempt, maybe empty. A judge's is what stands behind its last marker, "" without one."""
     pairs, column = list(zip(examples, attempts, strict=True)), spec.removeprefix("column:")

@@ -22,10 +22,11 @@ import transformers
 from jinja2 import TemplateError
 from torch import Tensor
 
-from posttrain.common import distributed
 from posttrain.common.cli import UserError, first_line, require
+from posttrain.common.engines.hf import Memory
+from posttrain.common.machines import distributed
 from posttrain.common.models import device_of
-from posttrain.common.rollout import Memory, Rollout, Sampling, assemble, encode, seed_of, to_device
+from posttrain.common.rollout import Rollout, Sampling, assemble, encode, seed_of, to_device
 from posttrain.common.tasks import Example
 
 
@@ -123,9 +124,8 @@ class Episodes:
         with self.engine.ready():
             for at in range(0, len(mine), per_batch):
                 self.play(mine[at : at + per_batch], sampling)
-        for row in rows:
-            row.environment = row.noise = None  # these stay here; an environment may not be fit to travel
-        rows = distributed.gather(mine)
+        # Environments stay here: one may not be fit to travel.
+        rows = distributed.gather([replace(row, environment=None, noise=None) for row in mine])
         blocks = [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
         rest = {"texts": self.tokenizer.batch_decode(blocks, skip_special_tokens=True)}
         rest |= {"group": torch.arange(len(rows)) // n, "reward": torch.tensor([row.reward for row in rows])}

@@ -5,14 +5,14 @@ from typing import Any
 
 from posttrain.common.cli import require
 from posttrain.common.environments.critics import ask
-from posttrain.common.rollout import HFEngine, Sampling, seed_of
+from posttrain.common.rollout import Engine, Sampling, seed_of
 from posttrain.common.tasks import Example, text_of
 
 ASK = "Task:\n{}\n\nA solution of it:\n{}\n\nWrite a short hint that helps to solve the task."
 
 
 def hint_texts(
-    problems: list[Example], task: Any, config: Any, writer: HFEngine, brief: Sampling, key: tuple
+    problems: list[Example], task: Any, config: Any, writer: Engine, brief: Sampling, key: tuple
 ) -> list[str]:
     """What may be read of each problem, worded by --hint-text around {hint}; "" = nothing.
 

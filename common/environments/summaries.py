@@ -4,7 +4,7 @@ import json
 import re
 
 from posttrain.common.models import plain
-from posttrain.common.rollout import HFEngine, Rollout, Sampling, encode
+from posttrain.common.rollout import Engine, Rollout, Sampling, encode
 from posttrain.common.tasks import CORRECT, Example, text_of
 
 # part of a summary -> the kind of knowledge it is
@@ -24,12 +24,12 @@ def best_rows(rollout: Rollout) -> list[int]:
     return [best[g] for g in sorted(best)]
 
 
-def room(engine: HFEngine, new_tokens: int) -> float:
+def room(engine: Engine, new_tokens: int) -> float:
     """The most tokens of a prompt that leave room for the new ones in the model's context."""
     return (getattr(plain(engine.model).config, "max_position_embeddings", None) or float("inf")) - new_tokens
 
 
-def summarise(rollout: Rollout, rows: list[int], task, writer: HFEngine | None, sampling: Sampling, key) -> list:
+def summarise(rollout: Rollout, rows: list[int], task, writer: Engine | None, sampling: Sampling, key) -> list:
     """A summary of each of the rows, None where there is nothing to say: by the writer's model, without one by
     task.summarise(example, episode). A failed episode never makes a workflow."""
     reward = rollout.reward.tolist()
@@ -44,7 +44,7 @@ def summarise(rollout: Rollout, rows: list[int], task, writer: HFEngine | None, 
     return [s if reward[i] == CORRECT or not s else s | failed for i, s in found.items()]
 
 
-def ask(rollout: Rollout, i: int, writer: HFEngine, most: float, cut: int = 0) -> Example | None:
+def ask(rollout: Rollout, i: int, writer: Engine, most: float, cut: int = 0) -> Example | None:
     """The question for a summary of row i in at most so many tokens, of its end if need be; None if none fits."""
     attempt = writer.tokenizer(rollout.texts[i], add_special_tokens=False)["input_ids"]
     asked = {"task": text_of(rollout.examples[i]), "attempt": rollout.texts[i], "reward": rollout.reward[i].item()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from posttrain.common import distributed
+from posttrain.common.machines import distributed
 from posttrain.common.models import autocast, plain
 
 

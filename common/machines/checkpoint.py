@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from posttrain.common import distributed
+from posttrain.common.machines import distributed
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: that is meant
 
