@@ -23,5 +23,7 @@ fi
 
 [ "${1:-}" = test ] || exit 0
 shift
+smollm2=models/SmolLM2-135M-Instruct
+[ -f $smollm2/config.json ] || $venv/bin/python scripts/get_smollm2.py --out $smollm2 || lacking "no SmolLM2-135M"
 export OMP_NUM_THREADS=1 POSTTRAIN_VLLM=1
 exec $venv/bin/pytest -q tests/test_vllm.py tests/test_servers.py "$@"

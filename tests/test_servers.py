@@ -370,8 +370,8 @@ def test_opd_with_its_teacher_on_a_server(est, servers, tmp_path):
         assert a["optim/grad_norm"] == pytest.approx(b["optim/grad_norm"], rel=1e-3)
 
 
-@pytest.mark.skipif(not SMOLLM2.is_dir(), reason="no SmolLM2 here: python scripts/get_smollm2.py makes it")
 def test_a_pretrained_model_on_a_server_follows_the_weights(tmp_path):
+    assert SMOLLM2.is_dir(), f"python scripts/get_smollm2.py --out {SMOLLM2} makes it"
     server = serve(SMOLLM2, tmp_path / "log")
     try:
         model, tokenizer = load_model(str(SMOLLM2), CPU), load_tokenizer(str(SMOLLM2))
