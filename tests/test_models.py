@@ -1,4 +1,4 @@
-"""full_weights: a policy's weights as a checkpoint on disk holds them, and the policy left as it was."""
+"""A policy's weights as a checkpoint on disk holds them, and what it started from under its adapters."""
 
 import pytest
 import torch
@@ -6,7 +6,10 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from posttrain.common.machines.weights import full_weights, save_model
-from posttrain.common.models import load_model
+from posttrain.common.models import load_model, load_start, load_tokenizer
+from posttrain.common.rollout import written
+from posttrain.common.scoring import score, token_logps
+from posttrain.common.tasks import make_task
 
 CPU = torch.device("cpu")
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -56,3 +59,18 @@ def test_full_weights_gathers_shards(tmp_path):
         assert all(torch.equal(weight, whole[name]) for name, weight in found.items())
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_start_under_adapters_is_the_base_without_a_copy():
+    """The reference of --beta, and a teacher `self`, with --lora-rank."""
+    start = load_model("addition-student", CPU, train=False)
+    policy = adapted()
+    reference = load_start(policy, "addition-student", CPU)
+    rows = written(load_tokenizer("addition-student"), make_task("addition").heldout(4), ["1=1", "23=5", "4", ""])
+    expected, (now, _), (then, _) = score(start, rows, 100)[0], score(policy, rows, 100), score(reference, rows, 100)
+    assert torch.equal(then, expected) and (now - expected).abs().max() > 0.01
+    assert {w.data_ptr() for w in reference.parameters()} == {w.data_ptr() for w in policy.parameters()}
+    token_logps(policy, rows)[0].sum().backward()  # the policy's adapters are back, and train
+    assert any(w.grad is not None and w.grad.any() for w in policy.parameters())
+    whole = load_start(start, "addition-student", CPU)
+    assert not any(w.requires_grad for w in whole.parameters()) and whole is not start
