@@ -231,8 +231,8 @@ def check(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    check(config)
     device, task, mode = prepare(config, tiny=True), make_task(config.task), config.mode
+    check(config)
     require(isinstance(task, Traces), f"--task {config.task!r} has no traces; choose mnns, prosqa or prontoqa")
     model, m = make_model(config, task, device, mode != "grpo"), task.paths.shape[2]
     # Arrows stand before a trace or, as fillers, before a bare answer; grpo asks in the way that the model was taught.

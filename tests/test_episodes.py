@@ -18,8 +18,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from posttrain.common import rollout as rollout_module
 from posttrain.common.cli import UserError
+from posttrain.common.engines import hf as hf_module
 from posttrain.common.engines.hf import HFEngine, Memory, sample_tokens
 from posttrain.common.environments import episodes as module
 from posttrain.common.environments.episodes import Environment, Episodes, Step, demonstrated, reply
@@ -90,7 +90,7 @@ def forced(tiny, monkeypatch):
         return u.long(), logps.gather(-1, u.long()[:, None])[:, 0]
 
     def make(policy, environment, max_turns=10, max_seconds=0.0, tokenizer=None, model=None, batch_tokens=2**16):
-        monkeypatch.setattr(rollout_module, "sample_tokens", scripted)
+        monkeypatch.setattr(hf_module, "sample_tokens", scripted)
         engine = type("Forced", (Forced,), {"policy": staticmethod(policy)})
         engine = engine(model or tiny[0], tokenizer or tiny[1], batch_tokens)
         return Episodes(engine, environment, max_turns, max_seconds)
@@ -332,7 +332,7 @@ def test_a_stop_inside_the_last_token_of_the_budget_ends_the_turn(forced, tiny):
 
 
 def test_stops_and_limits_of_complete(tiny, monkeypatch):
-    monkeypatch.setattr(rollout_module, "sample_tokens", lambda z, u, *rest: (u.long(), u.float() * 0))
+    monkeypatch.setattr(hf_module, "sample_tokens", lambda z, u, *rest: (u.long(), u.float() * 0))
     engine = HFEngine(*tiny)
     words = ["ab;cd", "abcde", "a<eos>"]
     u = torch.tensor([(tiny[1](word)["input_ids"] + [1] * 9)[:7] for word in words], dtype=torch.float64)
@@ -913,4 +913,4 @@ def test_prompts_and_budget_beyond_the_models_positions_are_one_line(forced, tin
     episodes = forced(lambda text: "a;", lambda e, s: Says(Step(done=True)))
     with pytest.raises(UserError, match="--max-new-tokens"):
         episodes.generate(examples("q"), 1, Sampling(1.0, 511), (0,))
-    assert sample_tokens is not rollout_module.sample_tokens, "the forced policy is on"
+    assert sample_tokens is not hf_module.sample_tokens, "the forced policy is on"

@@ -31,12 +31,13 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from posttrain.common import checkpoint, cli
+from posttrain.common import cli
 from posttrain.common.cli import UserError
 from posttrain.common.labelled import digits
 from posttrain.common.labelled.batches import Batch, Reader, logits_of
 from posttrain.common.labelled.models import kind_of
 from posttrain.common.labelled.text import Answers, Classes
+from posttrain.common.machines import checkpoint
 from posttrain.common.training import batch_of
 from posttrain.methods import sinkd
 
