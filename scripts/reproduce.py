@@ -1,10 +1,13 @@
 """Methods against each other on the embedded default, with several seeds; the stored results come from here.
 
 Each run is a process of its own with a run folder of its own, so that a stopped call goes on where it was and studies
-share their runs. The table and the plot are made from the runs' files and their final models, and nothing else.
+share their runs. What a run measured is kept as one JSON (OUT/runs/ARM-SEED.json: command, versions, commit, end
+values, curve); table, study JSON and plot are made from these and nothing else, with --stored without any training.
+Nothing stored in the repository changes unless --out says scripts/results.
 
-Run: python scripts/reproduce.py --seeds 3                    (about 2 minutes a run on one core)
-     python scripts/reproduce.py --study scope --seeds 5
+Run: python scripts/reproduce.py                              all ten methods and their baselines, five seeds
+     python scripts/reproduce.py --only opd scope --seeds 2   two of its rows and what they are compared with
+     python scripts/reproduce.py --study scope                one method's ablations
 """
 
 import json
@@ -23,11 +26,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import UserError, cli, require
 from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import load_model, load_tokenizer
 from posttrain.common.rollout import Sampling
-from posttrain.common.run import EVAL_KEYS, RESULTS, versions, write_atomically
+from posttrain.common.run import EVAL_KEYS, versions, write_atomically
 from posttrain.common.tasks import CORRECT, make_task
 
 METHODS = Path(__file__).resolve().parents[1] / "methods"
@@ -208,46 +211,96 @@ STUDIES |= {
         }.items()
     },
 }
-HEADLINES = {"sokoban": "skill/train_success"}  # study -> metric of its curves and target, else eval/accuracy
+# arm -> what it is compared with, seed by seed; the first is the baseline that isolates the paper's idea.
+AGAINST = {
+    "grpo": ["before"],
+    "opd": ["grpo"],
+    "scope": ["opd-k1", "grpo"],
+    "uni-opd": ["multi-opd"],
+    "sod": ["opd-chain"],
+    "skill-sd": ["grpo-sokoban"],
+    "pi-distill": ["grpo-lookup"],
+    "opsd": ["grpo-lookup"],
+    "rltf-sd": ["rltf-single"],
+    "rltf-fm": ["rltf-single"],
+    "sinkd": ["sinkd-kd"],
+    "cot2": ["discrete"],
+}
+COMMANDS = {arm: command for arms in STUDIES.values() for arm, command in arms.items()}
+IN_METHODS = [name for arm, others in AGAINST.items() for name in (arm, *others) if name != "before"]
+STUDIES["methods"] = {arm: COMMANDS[arm] for arm in dict.fromkeys(IN_METHODS)}
+HEADLINES = {"skill_sd.py": "skill/train_success"}  # what curves, differences and target speak of, else eval/accuracy
+EVERY = {"sod.py": 25, "rltf.py": 25, "sinkd.py": 78, "cot2.py": 410}  # steps between points of the curves, else 20
 
 
 @dataclass
 class Config:
-    study: Literal[tuple(STUDIES)] = "addition"  # a set of arms, see STUDIES
-    only: tuple[str, ...] = ()  # its arms to run; empty = all
-    seeds: int = 3  # runs of each arm, seeds 0, 1, ...
+    study: Literal[tuple(STUDIES)] = "methods"  # a set of arms, see STUDIES
+    only: tuple[str, ...] = ()  # its arms to run, with those that they are compared with; empty = all
+    seeds: int = 5  # runs of each arm, seeds 0, 1, ...
     jobs: int = 2  # runs at a time, one thread each
-    eval_every: int = 20  # steps between points of the curves
-    target: float = 0.45  # value of the study's headline whose first step is reported
+    eval_every: int = 0  # steps between points of the curves; 0 = about eight in a run
+    target: float = 0.45  # value of the headline whose first step is reported
+    stored: bool = False  # train nothing: table and plot from the stored runs
     folder: str = "runs/reproduce"  # of the run folders
-    out: str = str(RESULTS)  # folder of the stored results
+    out: str = "runs/results"  # folder of table, plot and records; scripts/results holds the stored ones
 
 
-def run(config: Config, arm: str, seed: int) -> Path:
-    """One training run, skipped if it is complete and continued if it was stopped."""
-    folder = Path(config.folder) / f"{arm}-{seed}"
-    if not (folder / "summary.json").exists():
-        script, *flags = (part.format(folder=config.folder, seed=seed) for part in STUDIES[config.study][arm])
-        missing = [part for part in flags if part.startswith(f"{config.folder}/") and not Path(part).exists()]
+def headline(script: str) -> str:
+    return HEADLINES.get(Path(script).name, "eval/accuracy")
+
+
+# --- runs
+
+
+def run(arm: str, command: list[str], seed: int, every: int, folder: str) -> Path:
+    """One training run, skipped if it is complete and continued if it was stopped. -> its folder"""
+    out = Path(folder) / f"{arm}-{seed}"
+    if not (out / "summary.json").exists():
+        script, *flags = (part.format(folder=folder, seed=seed) for part in command)
+        missing = [part for part in flags if part.startswith(f"{folder}/") and not Path(part).exists()]
         require(not missing, f"{arm} goes on from {missing[:1]}: run the study that makes it with as many seeds first")
-        flags += ["--seed", str(seed), "--eval-every", str(config.eval_every), "--out", str(folder)]
-        flags += ["--resume"] if (folder / "config.json").exists() else []
+        flags += ["--seed", str(seed), "--eval-every", str(every), "--out", str(out)]
+        flags += ["--resume"] if (out / "config.json").exists() else []
         done = subprocess.run([sys.executable, str(METHODS / script), *flags], capture_output=True, text=True)
         require(done.returncode == 0, f"{arm} with seed {seed} failed: {done.stderr.strip()[-300:]}")
-    return folder
+    return out
 
 
-def spread(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def record(out: Path, arm: str, command: list[str], seed: int, every: int) -> dict:
+    """What is kept of a run."""
+    summary, config = (json.loads((out / f"{name}.json").read_text()) for name in ("summary", "config"))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    last = {key: summary["after"][key] for key in EVAL_KEYS if key in summary["after"]}
+    last |= {key: lines[-1][key] for key in sorted(lines[0].keys() & lines[-1].keys() - last.keys() - {"step"})}
+    last |= {key: value for key, value in lines[-1].items() if key.endswith("/tokens")}  # running totals
+    if "eval/pass_at_k" in last:  # a method that writes texts
+        last |= diversity(str(out / "model"), summary["task"])
+    prefix, script = summary["method"].split("_")[0] + "/", command[0]
+    own = {key: [line[key] for line in lines[1:] if key in line] for key in lines[1] if key.startswith(prefix)}
+    points = [line for line in lines if headline(script) in line and line["step"] % every == 0]
+    shown = script if Path(script).is_absolute() else f"methods/{script}"
+    shown = f"{' '.join(['python', shown, *command[1:]])} --seed {seed} --eval-every {every}"
+    found = {"arm": arm, "seed": seed, "task": summary["task"], "steps": summary["steps"], "command": shown}
+    found |= {"versions": config["versions"], "seconds": summary["seconds"], "before": summary["accuracy_before"]}
+    found |= {"teacher": summary["accuracy_teacher"], "after": last}
+    found |= {"mean over steps": {key: statistics.mean(values) for key, values in own.items()}}
+    return found | {"curve": [[line["step"], line[headline(script)]] for line in points]}
 
 
-def paired(differences: list[float]) -> list[float] | None:
-    """Mean and half the width of its 95% interval by Student's t; None from one seed."""
-    from scipy.stats import t
-
-    n = len(differences)
-    half = t.ppf(0.975, n - 1) * spread(differences) / math.sqrt(n) if n > 1 else None
-    return None if half is None else [statistics.mean(differences), float(half)]
+def run_all(arms: dict[str, list[str]], seeds: int, jobs: int, every: int, folder: str, console: Console) -> dict:
+    """All arms with all seeds, seed by seed, under a progress bar. -> arm: its records by seed"""
+    pairs = [(arm, arms[arm], seed, every or EVERY.get(arms[arm][0], 20)) for seed in range(seeds) for arm in arms]
+    pool, found = ThreadPoolExecutor(jobs), {arm: [] for arm in arms}
+    started = [pool.submit(run, *pair, folder) for pair in pairs]
+    try:
+        for pair, job in track(list(zip(pairs, started, strict=True)), "runs", console=console):
+            found[pair[0]].append(record(job.result(), *pair))
+    except KeyboardInterrupt:
+        raise UserError("stopped; the same command goes on where it was") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
 
 
 def diversity(model: str, task_name: str) -> dict[str, float]:
@@ -272,84 +325,190 @@ def diversity(model: str, task_name: str) -> dict[str, float]:
     return {"route_entropy": statistics.mean(entropies or [0.0]), "two_routes": statistics.mean(differ or [0.0])}
 
 
-def plot(path: Path, title: str, metric: str, curves: dict[str, list[list[tuple[int, float]]]]) -> None:
-    """A metric over the steps: each arm's mean, and one standard deviation around it."""
-    from matplotlib.figure import Figure
+# --- statistics
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axis = figure.subplots()
-    for i, (arm, seeds) in enumerate(curves.items()):
-        steps = [step for step, _ in seeds[0]]
-        values = [[accuracy for _, accuracy in at_step] for at_step in zip(*seeds, strict=True)]
+
+def spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def ends(records: list[dict]) -> list[float]:
+    """The headline at the end of each seed's run."""
+    return [record["curve"][-1][1] for record in records]
+
+
+def paired(differences: list[float]) -> dict:
+    """Differences seed by seed: mean, how many are above 0, and two 95% intervals of the mean.
+
+    interval resamples the seeds (percentile bootstrap, which knows no distribution and cannot leave the range of what
+    was seen: with five seeds it is too narrow, by a third or so); t_half is half the width of Student's, for
+    differences that are about normal. Both None from one seed.
+    """
+    import numpy
+    from scipy.stats import bootstrap, t
+
+    n, mean = len(differences), statistics.mean(differences)
+    found = {"difference": mean, "seeds_above": sum(d > 0 for d in differences), "interval": None, "t_half": None}
+    if n > 1:
+        low, high = bootstrap((differences,), numpy.mean, method="percentile", rng=0).confidence_interval
+        half = t.ppf(0.975, n - 1) * spread(differences) / math.sqrt(n)
+        found |= {"interval": [float(low), float(high)], "t_half": float(half)}
+    return found
+
+
+def against(records: dict[str, list[dict]], arm: str, other: str) -> dict:
+    """arm minus other seed by seed in the arm's headline; other "before": minus each run's own start."""
+    mine = records[arm]
+    theirs = [record["curve"][0][1] for record in mine] if other == "before" else ends(records[other])
+    return paired([a - b for a, b in zip(ends(mine), theirs, strict=True)])
+
+
+def summary_of(records: list[dict], target: float) -> dict:
+    """Means over an arm's seeds, beside each seed's values."""
+    after = {key: [record["after"][key] for record in records] for key in records[0]["after"]}
+    reached = [next((step for step, value in record["curve"] if value >= target), None) for record in records]
+    found = {key: statistics.mean(values) for key, values in after.items()}
+    found |= {"eval/accuracy_se": spread(after["eval/accuracy"]), "seeds": len(records), "runs": after}
+    own = {key: statistics.mean(r["mean over steps"][key] for r in records) for key in records[0]["mean over steps"]}
+    found |= {key: statistics.mean(record[key] for record in records) for key in ("before", "seconds")}
+    found |= {"steps_to_target": reached, "mean over steps": own, "task": records[0]["task"]}
+    return found | {"command": records[0]["command"].split(" --seed 0 ")[0]}
+
+
+# --- pictures
+
+
+def curves(axis, records: dict[str, list[dict]], label: str) -> None:
+    """The headline over the steps: each arm's mean, and one standard deviation around it."""
+    for i, (arm, runs) in enumerate(records.items()):
+        steps = [step for step, _ in runs[0]["curve"]]
+        values = [[value for _, value in at_step] for at_step in zip(*(r["curve"] for r in runs), strict=True)]
         means, spreads = [statistics.mean(v) for v in values], [spread(v) for v in values]
         axis.plot(steps, means, color=f"C{i}", linestyle="-" if i < 10 else "--", label=arm)
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axis.fill_between(steps, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
-    axis.set(xlabel="step", ylabel={"eval/accuracy": "held-out accuracy"}.get(metric, metric), title=title)
+    axis.set(xlabel="step", ylabel={"eval/accuracy": "held-out accuracy"}.get(label, label))
     axis.grid(alpha=0.3)
+
+
+def plot(path: Path, title: str, records: dict[str, list[dict]], label: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axis = figure.subplots()
+    curves(axis, records, label)
+    axis.set_title(title)
     axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=120)
 
 
+def plot_methods(path: Path, records: dict[str, list[dict]]) -> None:
+    """All methods on one page: where each run starts and ends beside its baseline, and the difference with interval."""
+    from matplotlib.figure import Figure
+
+    rows = [arm for arm in AGAINST if arm in records]
+    figure = Figure(figsize=(11, 1.5 + 0.45 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for y, arm in enumerate(rows):
+        base, mine = AGAINST[arm][0], ends(records[arm])
+        starts, found = [record["curve"][0][1] for record in records[arm]], against(records, arm, base)
+        parts = [(starts, "o", "white", "before training"), (mine, "o", "C0", "method")]
+        parts += [(ends(records[base]), "D", "0.6", "its baseline")] if base != "before" else []
+        left.plot([statistics.mean(starts), statistics.mean(mine)], [y, y], color="C0", alpha=0.4, zorder=1)
+        for values, marker, fill, label in parts:
+            label = label if y == 0 or (y == 1 and marker == "D") else None
+            look = {"fmt": marker, "mfc": fill, "mec": "0.3", "ecolor": "0.3", "label": label}
+            left.errorbar(statistics.mean(values), y, xerr=spread(values), **look)
+        theirs = starts if base == "before" else ends(records[base])
+        differences = [a - b for a, b in zip(mine, theirs, strict=True)]
+        right.scatter(differences, [y] * len(differences), s=12, color="0.6", label="one seed" if y == 0 else None)
+        low, high = found["interval"] or [found["difference"]] * 2
+        error = [[found["difference"] - low], [high - found["difference"]]]
+        right.errorbar(found["difference"], y, xerr=error, fmt="o", color="C0", capsize=3,
+                       label="mean and 95% bootstrap interval" if y == 0 else None)  # fmt: skip
+    names = [f"{arm}\nminus {'its start' if AGAINST[arm][0] == 'before' else AGAINST[arm][0]}" for arm in rows]
+    left.set_yticks(range(len(rows)), names, fontsize="small")
+    left.invert_yaxis()
+    left.set(xlabel="accuracy (mean ± deviation over seeds); each row its own task", xlim=(0, 1))
+    right.set(xlabel="method minus baseline, seed by seed")
+    right.axvline(0, color="0.3", linewidth=1)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="x-small", loc="best")
+    figure.savefig(path, dpi=120)
+
+
+# --- all of it
+
+
+def table(title: str, methods: dict[str, dict], records: dict[str, list[dict]], target: float | None) -> Table:
+    """An arm a row; differences as mean, bootstrap interval, and in how many seeds the arm was ahead."""
+    shown = {"eval/accuracy": "Avg@k", "eval/pass_at_k": "Pass@k", "eval/greedy": "greedy"}
+    shown |= {"route_entropy": "route entropy", "two_routes": "two routes", "skill/train_success": "training tasks"}
+    shown = {key: label for key, label in shown.items() if any(key in each["runs"] for each in methods.values())}
+    drawn = Table(title=title)
+    for column in ("", "before", *shown.values(), "difference", *([f"steps to {target}"] if target else []), "seconds"):
+        drawn.add_column(column, justify="right" if column else "left")
+    for arm, each in methods.items():
+        cells = [f"{each['before']:.3f}"]
+        for key in shown:
+            values = each["runs"].get(key)
+            cells.append(f"{statistics.mean(values):.3f} ± {spread(values):.3f}" if values else "")
+        cells.append("\n".join(difference(found, other) for other, found in each["against"].items()))
+        if target:
+            cells.append(", ".join("never" if step is None else str(step) for step in each["steps_to_target"]))
+        drawn.add_row(arm, *cells, f"{each['seconds']:.0f}")
+    return drawn
+
+
+def difference(found: dict, other: str) -> str:
+    interval = "" if found["interval"] is None else " [{:+.3f}, {:+.3f}]".format(*found["interval"])
+    return f"{found['difference']:+.3f}{interval} to {other}"
+
+
 def main(config: Config) -> None:
-    arms = STUDIES[config.study]
+    arms, out = STUDIES[config.study], Path(config.out)
     unknown = [arm for arm in config.only if arm not in arms]
     require(not unknown, f"--only {unknown} is not known; choose from {', '.join(arms)}")
-    arms = {arm: command for arm, command in arms.items() if arm in (config.only or arms)}
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    pairs = [(arm, seed) for seed in range(config.seeds) for arm in arms]
-    with ThreadPoolExecutor(config.jobs) as pool:
-        jobs = [pool.submit(run, config, *pair) for pair in pairs]
-        folders = {pair: job.result() for pair, job in zip(pairs, track(jobs, "runs", console=console), strict=True)}
-
+    wanted = {name for arm in config.only for name in (arm, *AGAINST.get(arm, []))} or set(arms)
+    arms = {arm: command for arm, command in arms.items() if arm in wanted}
+    console = Console(width=None if sys.stdout.isatty() else 160)
     torch.set_num_threads(1)
-    methods, curves, headline = {}, {}, HEADLINES.get(config.study, "eval/accuracy")
-    table = Table(title=f"{config.study}: mean ± standard deviation over {config.seeds} seeds")
-    columns = ["Avg@k before", "Avg@k after", "Pass@k", "greedy", "route entropy", "two routes"]
-    columns += [headline] * (headline != "eval/accuracy")
-    for column in ("", *columns, f"steps to {config.target}", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
-    for arm, (script, *flags) in arms.items():
-        mine = [folders[arm, seed] for seed in range(config.seeds)]
-        summaries = [json.loads((folder / "summary.json").read_text()) for folder in mine]
-        lines = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in mine]
-        points = [[(line["step"], line[headline]) for line in each
-                   if headline in line and line["step"] % config.eval_every == 0] for each in lines]  # fmt: skip
-        reached = [next((step for step, accuracy in each if accuracy >= config.target), math.inf) for each in points]
-        measured = [key for key in EVAL_KEYS if key in summaries[0]["after"]]
-        after = {key: [summary["after"][key] for summary in summaries] for key in measured}
-        measured = set(lines[0][0]).intersection(*(each[-1] for each in lines)) - {"step", *EVAL_KEYS}  # at evaluations
-        measured |= {key for key in lines[0][-1] if key.endswith("/tokens")}  # running totals
-        after |= {key: [each[-1][key] for each in lines] for key in sorted(measured)}
-        every, prefix = [line for each in lines for line in each[1:]], summaries[0]["method"].split("_")[0] + "/"
-        own = {key: [line[key] for line in every if key in line] for key in every[0] if key.startswith(prefix)}
-        if "eval/pass_at_k" in after:  # a method that writes texts
-            routes = [diversity(str(mine[i] / "model"), summaries[i]["task"]) for i in range(config.seeds)]
-            after |= {key: [each[key] for each in routes] for key in routes[0]}
-        before = statistics.mean(summary["accuracy_before"] for summary in summaries)
-        seconds = statistics.mean(summary["seconds"] for summary in summaries)
-        methods[arm] = {key: statistics.mean(values) for key, values in after.items()}
-        methods[arm] |= {"eval/accuracy_se": spread(after["eval/accuracy"]), "seeds": config.seeds, "before": before}
-        methods[arm] |= {"runs": after, "steps_to_target": [None if math.isinf(step) else step for step in reached]}
-        first = methods[next(iter(arms))]["runs"]["eval/accuracy"]
-        methods[arm]["minus first arm"] = paired([a - b for a, b in zip(after["eval/accuracy"], first, strict=True)])
-        methods[arm]["mean over steps"] = {key: statistics.mean(values) for key, values in own.items()}
-        methods[arm] |= {"seconds": seconds, "command": " ".join(["python", f"methods/{script}", *flags])}
-        curves[arm] = points
-        figures = {key: f"{statistics.mean(values):.3f} ± {spread(values):.3f}" for key, values in after.items()}
-        shown = ["eval/accuracy", "eval/pass_at_k", "eval/greedy", "route_entropy", "two_routes"]
-        shown += [headline] * (headline != "eval/accuracy")
-        steps = ", ".join("never" if math.isinf(step) else str(step) for step in reached)
-        table.add_row(arm, f"{before:.3f}", *(figures.get(key, "") for key in shown), steps, f"{seconds:.0f}")
-    console.print(table)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    command = "python scripts/reproduce.py " + " ".join(sys.argv[1:])
-    task = json.loads((folders[pairs[0]] / "summary.json").read_text())["task"]
-    stored = {"task": task, "command": command.strip(), "versions": versions(), "target": config.target}
-    stored["methods"] = methods
-    write_atomically(out / f"{config.study}.json", json.dumps(stored, indent=1) + "\n")
-    plot(out / f"{config.study}.png", f"{config.study}: mean ± deviation over seeds", headline, curves)
+    kept = {(arm, seed): out / "runs" / f"{arm}-{seed}.json" for arm in arms for seed in range(config.seeds)}
+    if config.stored:
+        missing = [path.name for path in kept.values() if not path.exists()]
+        require(not missing, f"{out / 'runs'} lacks {', '.join(missing[:3])}: run without --stored to make them")
+        stored = {pair: json.loads(path.read_text()) for pair, path in kept.items()}
+        records = {arm: [stored[arm, seed] for seed in range(config.seeds)] for arm in arms}
+    else:
+        records = run_all(arms, config.seeds, config.jobs, config.eval_every, config.folder, console)
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        for (arm, seed), path in kept.items():
+            lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in records[arm][seed].items())
+            write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+    methods, first = {}, next(iter(arms))
+    for arm in arms:
+        others = [other for other in AGAINST.get(arm, []) if other in (*arms, "before")]
+        others += [first] if config.study != "methods" and arm != first and first not in others else []
+        methods[arm] = summary_of(records[arm], config.target)
+        methods[arm]["against"] = {other: against(records, arm, other) for other in others}
+    several = config.study == "methods"  # tasks: one target for all would say nothing
+    title = f"{config.study}: mean ± standard deviation over {config.seeds} seeds"
+    console.print(table(title, methods, records, None if several else config.target))
+    task = None if several else records[first][0]["task"]
+    command = "python scripts/reproduce.py " + " ".join(part for part in sys.argv[1:] if part != "--stored")
+    result = {"task": task, "command": command.strip(), "versions": versions(), "target": config.target}
+    write_atomically(out / f"{config.study}.json", json.dumps(result | {"methods": methods}, indent=1) + "\n")
+    if several:
+        plot_methods(out / f"{config.study}.png", records)
+    else:
+        plot(
+            out / f"{config.study}.png",
+            f"{config.study}: mean ± deviation over seeds",
+            records,
+            headline(arms[first][0]),
+        )
     console.print(f"stored in {out / config.study}.json, plotted in {out / config.study}.png")
 
 
