@@ -55,7 +55,7 @@ def from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
     try:
         return kind.from_pretrained(str(TINY / name) if (TINY / name).is_dir() else name, **kwargs)
     except Exception as error:  # of many types: no such name, no network, no or broken or foreign files
-        built_in = ", ".join(sorted(path.name for path in TINY.iterdir()))
+        built_in = ", ".join(sorted(path.parent.name for path in TINY.glob("*/config.json")))
         known = f"not one of the built-in {built_in}, nor a Hugging Face folder, nor a name that the hub answers for"
         raise UserError(f"cannot load {name!r}: {known} ({first_line(error)})") from None
 

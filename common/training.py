@@ -152,7 +152,7 @@ class Stats:
 
 
 def rollout_metrics(rollout: Rollout, reward_function: Any, task: Task) -> dict[str, float]:
-    """train/* of the batch just sampled and graded (README, table of metrics); accuracy is the task's own grade."""
+    """train/* of the batch just sampled and graded (common/README.md); accuracy is the task's own grade."""
     reward, n = rollout.reward.nan_to_num(0).double().cpu(), rollout.loss_mask.sum(1)
     same = reward_function == task.grade
     grades = reward if same else torch.tensor(grade_all(task.grade, rollout.examples, rollout.texts))

@@ -21,7 +21,7 @@ Good to know
 - Averaging K sampled tokens can lift a discrete model without any training: compare with the same inference before.
 - Left out: COCONUT, budgets of traces with totals >= 0 only, the teacher-then-self curriculum, thoughts of E's norm.
 
-Run: python methods/cot2.py        Expected: see the table of results in README.md.
+Run: python methods/cot2.py        Expected: see the results in cot2.md beside it.
 """
 
 import copy

@@ -15,7 +15,7 @@ Good to know
   only --adv and --agg matter (and seqsum, which sums over a row). Use --minibatches 4 to see the others act.
 - On-policy the loss is near 0, no progress signal. --preset sets a publication's objective; explicit flags win.
 
-Run: python methods/grpo.py        Expected: see the table of results in README.md.
+Run: python methods/grpo.py        Expected: see the results in grpo.md beside it.
 """
 
 import time

@@ -23,7 +23,7 @@ Good to know
 - The advantage is never normalised or centred: that would delete the scale of the KL.
 - Left out: different tokenizers (see GOLD, ULD), and MiniLLM's teacher-mixed sampling.
 
-Run: python methods/opd.py        Expected: see the table of results in README.md.
+Run: python methods/opd.py        Expected: see the results in opd.md beside it.
 """
 
 import random

@@ -24,7 +24,7 @@ Good to know
 - Left out: episodes of several turns (the sums over m hold for them), penalties on length and on leaks of the hint (a
   --reward of one's own), the relatives' top-p and top-k sampling, and SDPO's mean over hinted problems only (N is all).
 
-Run: python methods/pi_distill.py        Expected: see the table of results in README.md.
+Run: python methods/pi_distill.py        Expected: see the results in pi_distill.md beside it.
 """
 
 import math

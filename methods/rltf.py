@@ -20,7 +20,7 @@ Good to know
 - A critic that knows the answer teaches it: say who the critic is. rltf/leaked is how often its words held the answer.
 - With --critic self, (4) has an expected gradient of 0 where critic and (4) read the same prompt, as on the tiny task.
 
-Run: python methods/rltf.py        Expected: see the table of results in README.md.
+Run: python methods/rltf.py        Expected: see the results in rltf.md beside it.
 """
 
 import contextlib

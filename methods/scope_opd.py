@@ -26,7 +26,7 @@ Good to know
 - Loops that are cut by length are wrong and easy to predict, so (2) may favour them: --drop-truncated.
 - Left out: several optimizer steps a batch. With one, as in the paper, rho is 1 up to rounding and no clip acts.
 
-Run: python methods/scope_opd.py        Expected: see the table of results in README.md.
+Run: python methods/scope_opd.py        Expected: see the results in scope_opd.md beside it.
 """
 
 import math

@@ -20,7 +20,7 @@ Good to know
 - S > 0 where student = teacher (mass leaks off the diagonal); sinkd/debiased, --debias, is 0 there.
 - sinkd/grad_ratio, ||w grad S|| / ||alpha grad L_KD|| on the logits, is what to tune w by, not the losses' values.
 
-Run: python methods/sinkd.py        Expected: see the table of results in README.md.
+Run: python methods/sinkd.py        Expected: see the results in sinkd.md beside it.
 """
 
 import math

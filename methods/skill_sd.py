@@ -21,7 +21,7 @@ Good to know
 - A skill helps its own task only: look at training tasks beside held-out ones. Where no task returns, this is GRPO.
 - Left out: bounds on l (beyond one r's slope acts alone, the wrong way), r and loss; the largest |l| only; warm-down.
 
-Run: python methods/skill_sd.py        Expected: see the table of results in README.md.
+Run: python methods/skill_sd.py        Expected: see the results in skill_sd.md beside it.
 """
 
 import math

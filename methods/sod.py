@@ -23,7 +23,7 @@ Good to know
 - Whatever the teacher still knows after a failure is lost with its noise: --weighting mask_after_error is the limit.
 - Left out: the released code's stop of the teacher after a failed call, which it never uses.
 
-Run: python methods/sod.py        Expected: see the table of results in README.md.
+Run: python methods/sod.py        Expected: see the results in sod.md beside it.
 """
 
 import time

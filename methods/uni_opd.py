@@ -25,7 +25,7 @@ Good to know
 - (1)-(6) see log-probs only. A vision-language student needs prompts from its processor, an engine that samples with
   images, and sampled_hidden(model, rollout, **images) for student and teachers: a test does one such step.
 
-Run: python methods/uni_opd.py     Expected: see the table of results in README.md.
+Run: python methods/uni_opd.py     Expected: see the results in uni_opd.md beside it.
 """
 
 import math
