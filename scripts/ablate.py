@@ -33,7 +33,7 @@ class Config:
     fixed: tuple[str, ...] = ()  # flag=value of all runs
     seeds: int = 3  # runs of each combination, seeds 0, 1, ...
     jobs: int = 2  # runs at a time, one thread each
-    eval_every: int = 0  # steps between points of the curves; 0 = about eight in a run
+    eval_every: int = 0  # steps between points of the curves; 0 = a few in a run
     target: float = 0.0  # value of the headline whose first step is reported; 0 = not
     out: str = ""  # folder of runs, table and plot; empty = runs/ablate-METHOD
 

@@ -230,7 +230,7 @@ COMMANDS = {arm: command for arms in STUDIES.values() for arm, command in arms.i
 IN_METHODS = [name for arm, others in AGAINST.items() for name in (arm, *others) if name != "before"]
 STUDIES["methods"] = {arm: COMMANDS[arm] for arm in dict.fromkeys(IN_METHODS)}
 HEADLINES = {"skill_sd.py": "skill/train_success"}  # what curves, differences and target speak of, else eval/accuracy
-EVERY = {"sod.py": 25, "rltf.py": 25, "sinkd.py": 78, "cot2.py": 410}  # steps between points of the curves, else 20
+EVERY = {"skill_sd.py": 20, "pi_distill.py": 20, "rltf.py": 25, "sod.py": 50, "sinkd.py": 78, "cot2.py": 410}  # else 40
 
 
 @dataclass
@@ -239,7 +239,7 @@ class Config:
     only: tuple[str, ...] = ()  # its arms to run, with those that they are compared with; empty = all
     seeds: int = 5  # runs of each arm, seeds 0, 1, ...
     jobs: int = 2  # runs at a time, one thread each
-    eval_every: int = 0  # steps between points of the curves; 0 = about eight in a run
+    eval_every: int = 0  # steps between points of the curves; 0 = EVERY's
     target: float = 0.45  # value of the headline whose first step is reported
     stored: bool = False  # train nothing: table and plot from the stored runs
     folder: str = "runs/reproduce"  # of the run folders
@@ -278,9 +278,9 @@ def record(out: Path, arm: str, command: list[str], seed: int, every: int) -> di
         last |= diversity(str(out / "model"), summary["task"])
     prefix, script = summary["method"].split("_")[0] + "/", command[0]
     own = {key: [line[key] for line in lines[1:] if key in line] for key in lines[1] if key.startswith(prefix)}
-    points = [line for line in lines if headline(script) in line and line["step"] % every == 0]
+    points = [line for line in lines[:-1] if headline(script) in line and line["step"] % every == 0] + lines[-1:]
     shown = script if Path(script).is_absolute() else f"methods/{script}"
-    shown = f"{' '.join(['python', shown, *command[1:]])} --seed {seed} --eval-every {every}"
+    shown = f"{' '.join(['python', shown, *command[1:]])} --seed {seed} --eval-every {config['flags']['eval_every']}"
     found = {"arm": arm, "seed": seed, "task": summary["task"], "steps": summary["steps"], "command": shown}
     found |= {"versions": config["versions"], "seconds": summary["seconds"], "before": summary["accuracy_before"]}
     found |= {"teacher": summary["accuracy_teacher"], "after": last}
@@ -290,7 +290,7 @@ def record(out: Path, arm: str, command: list[str], seed: int, every: int) -> di
 
 def run_all(arms: dict[str, list[str]], seeds: int, jobs: int, every: int, folder: str, console: Console) -> dict:
     """All arms with all seeds, seed by seed, under a progress bar. -> arm: its records by seed"""
-    pairs = [(arm, arms[arm], seed, every or EVERY.get(arms[arm][0], 20)) for seed in range(seeds) for arm in arms]
+    pairs = [(arm, arms[arm], seed, every or EVERY.get(arms[arm][0], 40)) for seed in range(seeds) for arm in arms]
     pool, found = ThreadPoolExecutor(jobs), {arm: [] for arm in arms}
     started = [pool.submit(run, *pair, folder) for pair in pairs]
     try:
