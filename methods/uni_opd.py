@@ -6,7 +6,7 @@ outnumber the other. With n_i sampled tokens in row i of B:
 
     (1)  r    = teacher_logp - old_logp on each sampled token,   G_i = sum_t m r / n_i
     (2)  M    = mean G+ - mean G-, or min G+ - max G-, of a group's (in)correct rows  paper, Eq. 9-11  --margin-mode
-    (3)  A    = r + lambda/2 if correct, r - lambda/2 if not, lambda = max(0, delta - M)  paper, Eq. 9-11  --margin shift
+    (3)  A    = r + lambda/2 if correct, r - lambda/2 if not, lambda = max(0, delta-M)  paper, Eq. 9-11  --margin shift
     (4)       or A = r without the rows that disturb the order most, until M >= delta                --margin mask
     (5)  keep = without random rows of a group's larger side, until correct : incorrect = q : 1      --online-balance
     (6)  L    = sum_i keep_i / (B n_i) sum_t m near max(-A rho, -A clip(rho, 1 - eps_lo, 1 + eps_hi)),
