@@ -91,7 +91,7 @@ class Config:
     cispo_cap: float = 5.0  # absolute cap of rho for --loss cispo (ScaleRL: 5)
     agg: Literal["token", "token_group", "seq", "const"] = "token"  # Eq. 6: DAPO's code, DAPO's paper, GRPO, Dr. GRPO
     beta: float = 0.0  # weight of the KL to the reference (DeepSeekMath: 0.04); 0 = off, no reference kept
-    kl: Literal["k1", "k1_reward", "k2", "k3", "k3_is"] = "k3_is"  # estimator, DeepSeekMath: k3; k1 teaches nothing
+    kl: Literal["k1", "k1_reward", "k2", "k3", "k3_is"] = "k3_is"  # paper, Eq. 4: k3; k1 teaches nothing
     ref_every: int = 0  # refresh the reference every so many steps (R1: 400); 0 = never
     ref_mix: float = 1.0  # reference <- mix policy + (1 - mix) reference; 1 = replace (TRL: 0.6 every 512)
     ent_coef: float = 0.0  # entropy bonus
@@ -315,7 +315,7 @@ def main(config: Config) -> None:
                     if config.opsm:
                         w = w * ~stale_rows(logps, behaviour_logps[at], m, advantages[at], config.opsm)[:, None]
                     policy_loss = (policy_token_loss(logps, ratio, advantages[at], config) * w * c[rows]).sum()
-                    loss = policy_loss - ent_coef * (entropy * m).sum() / mask[part].sum().clamp(min=1)
+                    loss = policy_loss - ent_coef * (entropy * m).sum() / mask[part].sum().clamp(min=1)  # Eq. 5
                     if penalised:
                         kl = (kl_token_penalty(logps, ref_logps[at], ratio, config.kl) * m * c[rows]).sum()
                         loss = loss + config.beta * kl

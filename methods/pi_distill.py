@@ -12,7 +12,7 @@ N = sum m, sg = stop-gradient, and C(l, a) = min(e^l a, clip(e^l, 1 - eps, 1 + e
     (5)  L   = alpha L_T + (1 - alpha) L_S
     OPSD: S writes and is rewarded, T only scores                                                  --algorithm opsd
     (6)  L   = -sum m C(s - s_old, A) / N + beta sum m KL(S||sg T) / N,   A of (2) without K       --opsd-kl
-         (--opsd-kl reward: A with K, of s - t or of KL(S||T), and no other KL)
+         (--opsd-kl reward, Algorithm 2: A with K, of s - t or of KL(S||T), and no other KL)
 
 At test nobody reads a hint. Differs from grpo.py in T, K and KL; from skill_sd.py in that T may write, and then learns.
 
@@ -274,7 +274,7 @@ def main(config: Config) -> None:
         # --- weigh
         mask, group, rewards = rollout.loss_mask, rollout.group, 2 * rollout.reward - 1
         reads = torch.tensor(hinted, device=device)[group, None]  # [N, 1]; elsewhere T = S: no K, nothing to distil
-        kl = (k * reads).sum(1) / (mask.sum(1).clamp(min=1) if config.kl_agg == "mean" else 1)  # [N], K
+        kl = (k * reads).sum(1) / (mask.sum(1).clamp(min=1) if config.kl_agg == "mean" else 1)  # [N], K of Eq. 1
         shaped = rewards - config.beta * kl if pi or config.opsd_kl == "reward" else rewards
         advantages = group_means_off(shaped, group)  # [N]
         shared = not pi or config.student_kl == "shared"
@@ -303,14 +303,14 @@ def main(config: Config) -> None:
                         t, entropy = (carry(x, view, batch) for x in token_logps(teacher, view, tau, hidden=theirs))
                 if teaches:  # Eq. 3
                     token_loss = clipped_loss(t - old, advantages[rows], m, config.eps)
-                    losses["teacher"] = alpha * (token_loss * w[rows]).sum()
+                    losses["teacher"] = alpha * (token_loss * w[rows]).sum()  # Eq. 5
                 if studies:  # Eq. 4 or 6
                     hidden = sampled_hidden(policy, batch)
                     s, entropy = token_logps(policy, batch, tau, hidden=hidden)
                     start = t.detach() if pi and config.student_denom == "current" else old
                     token_loss = clipped_loss(s - start, student_advantages[rows], m, config.eps)
-                    losses["student"] = share * ((-s if sft else token_loss) * w[rows]).sum()
-                if distils and not sft:
+                    losses["student"] = share * ((-s if sft else token_loss) * w[rows]).sum()  # Eq. 5
+                if distils and not sft:  # the KL of Eq. 4 or 6
                     how = ("forward_kl" if pi else config.divergence, hot, config.jsd_beta, config.kl_top)
                     if config.opsd_kl == "sampled":
                         token_kl = (s - t).detach() * s  # of the reverse KL the gradient in expectation

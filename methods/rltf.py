@@ -4,10 +4,10 @@ Each prompt x0 is tried, y0; a wrong try gets a short text critique c, and the p
 (x0, y0, c). Only the first try counts at test, where there is no critique: it must be learnt, not used. With r0, r1 the
 rewards, N the number of first tries, means over a group's rows (of r1: over those with a second try):
 
-    (1)  A0 = r0 + gamma r1 - mean(r0 + gamma r1),   A1 = r1 - mean(r1)                             --gamma
+    (1)  A0 = r0 + gamma r1 - mean(r0 + gamma r1),   A1 = r1 - mean(r1)         paper, Algorithm 1  --gamma
     (2)  L_RL = -sum rho A0 [y0 | x0] - sum rho A1 [y1 | x1],   rho = exp(logp - behaviour_logp)    --loss
     (3)  L_SD = -coef sum keep rho (r1 - mean(r0)) [y1 | x0]   --sd-coef --sd-baseline --sd-ratio --sd-floor
-    (4)  L_FM = -lambda sum log p(c | f(x0, y0))                                                    --fm-lambda
+    (4)  L_FM = -lambda sum log p(c | f(x0, y0))                                paper, Algorithm 3  --fm-lambda
     (5)  L = (L_RL + L_SD + L_FM) / N                                                   --mode --loss-norm
 
 RLTF-SD is (2) and (3): the second try, written with the critique, is reinforced without it. RLTF-FM is (2) and (4): the
@@ -317,7 +317,7 @@ def main(config: Config) -> None:
                     batch, weight = term.rows[mine[rows]], term.weight[mine[rows]]
                     m, old = batch.loss_mask, batch.behaviour_logps
                     logps, entropy = token_logps(policy, batch, config.temperature)
-                    loss = (policy_token_loss(logps, old, weight, m, term.form, config) * m * c).sum()
+                    loss = (policy_token_loss(logps, old, weight, m, term.form, config) * m * c).sum()  # Eq. 5
                     if learns:
                         loss.backward()
                     for name in ("total", term.name):

@@ -7,11 +7,11 @@ among the correct ones to those that the STUDENT found surprising, which it hard
 wrong rows of prompt x, m the loss mask, s and q a row's mean logp under student and teacher (minus its log perplexity),
 rho = exp(logp - behaviour_logp), and [.] a constant without gradient:
 
-    (1)  w_i   = exp(-s_i / tau) / sum_C exp(-s_j / tau)   on C                               --student-weights --tau
-    (2)  w_i   = exp(+q_i / tau) / sum_W exp(+q_j / tau)   on W                               --teacher-weights --tau
-    (3)  MLE_i = -sum_t m rho                                                                 --reduction
-    (4)  OPD_i = sum_t m rho [logp - teacher_logp], or a KL with its own gradient             --reduction --kl
-    (5)  L     = 1/P sum_x ( sum_C w_i MLE_i + sum_W w_i OPD_i )
+    (1)  w_i   = exp(-s_i / tau) / sum_C exp(-s_j / tau)   on C               paper, Eq. 4-5  --student-weights --tau
+    (2)  w_i   = exp(+q_i / tau) / sum_W exp(+q_j / tau)   on W               paper, Eq. 4-5  --teacher-weights --tau
+    (3)  MLE_i = -sum_t m rho                                              paper, Eq. 1-3, 6  --reduction
+    (4)  OPD_i = sum_t m rho [logp - teacher_logp], or a KL with its own gradient  paper, Eq. 1-3, 6  --reduction --kl
+    (5)  L     = 1/P sum_x ( sum_C w_i MLE_i + sum_W w_i OPD_i )              paper, Eq. 1-3, 6
     (6)  L     = sum_C w m (-logp) / sum_C m + sum_W w m max(-A rho, -A clip(rho, 0.8, 1.2)) / sum m  --objective repo
                with A = teacher_logp - behaviour_logp, and at most -3 A where A < 0; another --kl: over sum_W m
 
@@ -208,7 +208,7 @@ def path_batches(rollout: Rollout, on: dict[str, Tensor], max_tokens: int) -> li
 
 
 def recovery_probe(engine, teacher_engine, task: Task, sampling, vocab_size: int, config: Config) -> dict[str, float]:
-    """Why Eq. 2: how often the teacher, going on from the first 20 to 80% of a wrong response, ends at a correct one,
+    """Why (2): how often the teacher, going on from the first 20 to 80% of a wrong response, ends at a correct one,
     by quartile of its perplexity of the whole response, lowest first. On held-out problems; prints the table.
     """
     key, tokenizer = (config.seed, 0, 3), engine.tokenizer

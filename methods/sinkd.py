@@ -152,7 +152,7 @@ def sinkhorn_loss(student: Tensor, teacher: Tensor, config) -> tuple[Tensor, Ten
 
 
 def third_term(student: Tensor, teacher: Tensor, config) -> Tensor:
-    """What --divergence adds to Eq. 1 and 2, without its weight, of logits over tau.  [N, V], [N, V] -> scalar"""
+    """What --divergence adds to (1) and (2), without its weight, of logits over tau.  [N, V], [N, V] -> scalar"""
     if config.divergence == "sinkhorn":
         return sinkhorn_loss(student, teacher, config)[0]
     if config.divergence in KERNEL:
@@ -209,7 +209,7 @@ def mlot_parts(student: Tensor, teacher: Tensor, ours: Tensor, theirs: Tensor, c
 
 def objective(student: Tensor, teacher: Tensor, labels: Tensor, owners: list, t: float, top: int, config) -> dict:
     """Eq. 7, 8 or 9: name -> weight, value.  Logits [N, V], [N, V] or [M, W], labels [N], owners [N], [M]"""
-    parts = {"ce": (1 - config.alpha if config.combine == "convex" else 1.0, cross_entropy(student, labels))}
+    parts = {"ce": (1 - config.alpha if config.combine == "convex" else 1.0, cross_entropy(student, labels))}  # Eq. 1
     if config.mode != "batch":
         own = mlot_parts(student, teacher, *owners, config) if config.mode == "mlot" else {}
         own = own or {"uld": (1.0, uld_loss(student, teacher, *owners))}

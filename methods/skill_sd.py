@@ -7,7 +7,7 @@ loss mask, N = sum m, and h = 1 on the rows of tasks that have a skill:
 
     (1)  A      = (R - mean_group) / (std_group + eps),   R = the episode's reward
     (2)  L_GRPO = -sum_it m min(r A, clip(r, 1 - eps_lo, 1 + eps_hi) A) / N,   r = exp(s - o)
-    (3)  L_SDL  = sum_it m h r (exp(-l) - 1 + l) / N,   l = s - q                                 --est --sdl-agg
+    (3)  L_SDL  = sum_it m h r (exp(-l) - 1 + l) / N,   l = s - q               paper, Eq. 10-12  --est --sdl-agg
     (4)  L      = adv_grpo L_GRPO + sdl_coef L_SDL
     (5)  the skill to read: the oldest untried one, else argmax mean + c sqrt(ln sum n / n)       --ucb
     (6)  an episode -> success_analysis, mistake_analysis, golden_workflow                        --summarizer --skill
@@ -238,7 +238,7 @@ def main(config: Config) -> None:
         chosen = [choose(bank, config.ucb) for bank in banks]
         texts = ["" if i is None else bank[i]["text"] for i, bank in zip(chosen, banks, strict=True)]
         starts = []
-        if plays or hasattr(task, "shorten"):  # else Eq. 3 leaves out the tokens that exceed the context
+        if plays or hasattr(task, "shorten"):  # else (3) leaves out the tokens that exceed the context
             fits = [fit(text, x, most) for text, x in zip(texts, engine.openings(problems), strict=True)]
             texts, starts = [text for text, _ in fits], [ids(prompt) for _, prompt in fits if plays]
         player = teacher_engine if config.sampler == "teacher" else engine
@@ -324,7 +324,7 @@ def main(config: Config) -> None:
             if (played.reward[rollout.group == g] == CORRECT).any():
                 state["solved"].setdefault((text_of(problems[g]), problems[g].answer), step)
         best, n_new = best_rows(played) if config.skill != "none" else [], 0
-        summaries = summarise(played, best, task, writer, brief, (config.seed, step, 1))
+        summaries = summarise(played, best, task, writer, brief, (config.seed, step, 1))  # Eq. 6
         for i, bank, summary in zip(best, banks, summaries, strict=False):  # without --skill: no best
             text = skill_text(summary, config.skill, task) if summary else ""
             n_new += keep(bank, text, played.reward[i].item(), config.bank_size)

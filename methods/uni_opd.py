@@ -5,8 +5,8 @@ does not like a prompt's correct rows better has its token rewards moved apart t
 outnumber the other. With n_i sampled tokens in row i of B:
 
     (1)  r    = teacher_logp - old_logp on each sampled token,   G_i = sum_t m r / n_i
-    (2)  M    = mean G+ - mean G-, or min G+ - max G-, over a group's correct and incorrect rows     --margin-mode
-    (3)  A    = r + lambda/2 on correct rows, r - lambda/2 on incorrect, lambda = max(0, delta - M)  --margin shift
+    (2)  M    = mean G+ - mean G-, or min G+ - max G-, of a group's (in)correct rows  paper, Eq. 9-11  --margin-mode
+    (3)  A    = r + lambda/2 if correct, r - lambda/2 if not, lambda = max(0, delta-M)  paper, Eq. 9-11  --margin shift
     (4)       or A = r without the rows that disturb the order most, until M >= delta                --margin mask
     (5)  keep = without random rows of a group's larger side, until correct : incorrect = q : 1      --online-balance
     (6)  L    = sum_i keep_i / (B n_i) sum_t m near max(-A rho, -A clip(rho, 1 - eps_lo, 1 + eps_hi)),
@@ -85,7 +85,7 @@ class Config:
     online_balance: Literal["none", "group", "global"] = "group"  # Eq. 5 in each prompt's group or in the whole batch
     balance_ratio: float = 1.0  # q; 0 keeps incorrect rows only, inf correct ones only
     margin: Literal["none", "shift", "mask"] = "shift"  # Eq. 3, Eq. 4, or plain OPD
-    margin_mode: Literal["mean", "minmax"] = "mean"  # Eq. 2 (the paper's text has minmax, its runs mean)
+    margin_mode: Literal["mean", "minmax"] = "mean"  # Eq. 2 (minmax in the paper, Eq. 9-11, mean in its runs)
     margin_direction: Literal["both", "correct_up", "incorrect_down"] = "both"  # sides that Eq. 3 moves
     margin_scope: Literal["group", "global"] = "group"  # one margin a prompt or one for the batch
     margin_delta: float = 4.0  # nats a token; below 0 tolerates some disorder (paper: 0.4; multimodal: 0, correct_up)
@@ -287,8 +287,8 @@ def main(config: Config) -> None:
         # --- weigh
         known = torch.where(mask > 0, teacher_logps, 0).isfinite().all(1) & (mask.sum(1) > 0)  # others: no loss
         teacher_logps = torch.where(known[:, None], teacher_logps, old_logps)
-        token_reward = (teacher_logps - old_logps) * mask  # r [N, T]
-        returns = token_reward.sum(1) / mask.sum(1).clamp(min=1)  # G [N]
+        token_reward = (teacher_logps - old_logps) * mask  # r of Eq. 1 [N, T]
+        returns = token_reward.sum(1) / mask.sum(1).clamp(min=1)  # G of Eq. 1 [N]
         right, keep = rollout.reward == CORRECT, known
         scopes = {"group": group, "global": group * 0}
         if config.online_balance != "none":
