@@ -93,7 +93,7 @@ def main(config: Config) -> None:
     for arm, each in results.items():
         each["against"] = {} if arm == first else {"the first": against(records, arm, first)}
     title = f"{method.stem}: mean ± standard deviation over {config.seeds} seeds"
-    console.print(table(title, results, records, config.target or None))
+    console.print(table(title, results, config.target or None))
     command = {"command": " ".join(["python", "scripts/ablate.py", *sys.argv[1:]]), "versions": versions()}
     write_atomically(out / "ablation.json", json.dumps(command | {"methods": results}, indent=1) + "\n")
     plot(out / "ablation.png", title, records, headline(script))

@@ -30,7 +30,7 @@ from posttrain.common.cli import UserError, cli, require
 from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import load_model, load_tokenizer
 from posttrain.common.rollout import Sampling
-from posttrain.common.run import EVAL_KEYS, versions, write_atomically
+from posttrain.common.run import EVAL_KEYS, write_atomically
 from posttrain.common.tasks import CORRECT, make_task
 
 METHODS = Path(__file__).resolve().parents[1] / "methods"
@@ -441,7 +441,7 @@ def plot_methods(path: Path, records: dict[str, list[dict]]) -> None:
 # --- all of it
 
 
-def table(title: str, methods: dict[str, dict], records: dict[str, list[dict]], target: float | None) -> Table:
+def table(title: str, methods: dict[str, dict], target: float | None) -> Table:
     """An arm a row; differences as mean, bootstrap interval, and in how many seeds the arm was ahead."""
     shown = {"eval/accuracy": "Avg@k", "eval/pass_at_k": "Pass@k", "eval/greedy": "greedy"}
     shown |= {"route_entropy": "route entropy", "two_routes": "two routes", "skill/train_success": "training tasks"}
@@ -464,6 +464,28 @@ def table(title: str, methods: dict[str, dict], records: dict[str, list[dict]], 
 def difference(found: dict, other: str) -> str:
     interval = "" if found["interval"] is None else " [{:+.3f}, {:+.3f}]".format(*found["interval"])
     return f"{found['difference']:+.3f}{interval} to {other}"
+
+
+def markdown(methods: dict[str, dict], records: dict[str, list[dict]]) -> str:
+    """README's table: each method beside the baseline that isolates its idea."""
+    columns = "method | task | lines | before | after | baseline | after | difference | seeds ahead | seconds"
+    rows = [f"| {columns} |", "|---" * (columns.count("|") + 1) + "|"]
+
+    def figure(values: list[float]) -> str:
+        return f"{statistics.mean(values):.3f} ± {spread(values):.3f}"
+
+    for arm in (arm for arm in AGAINST if arm in methods):
+        mine, base = methods[arm], AGAINST[arm][0]
+        script, *flags = mine["command"].removeprefix("python methods/").split()
+        lines = len((METHODS / script).read_text().splitlines())
+        cells = [f"[{arm}](methods/{script[:-3]}.md)" + f" `{' '.join(flags)}`" * bool(flags), mine["task"], str(lines)]
+        cells += [figure([record["curve"][0][1] for record in records[arm]]), figure(ends(records[arm]))]
+        theirs = "" if base == "before" else methods[base]["command"].removeprefix("python methods/")
+        cells += [f"{base} `{theirs}`", figure(ends(records[base]))] if theirs else ["its own start", ""]
+        found = mine["against"][base]
+        cells += [difference(found, "").removesuffix(" to "), f"{found['seeds_above']} of {mine['seeds']}"]
+        rows.append(f"| {' | '.join(cells)} | {mine['seconds']:.0f} |")
+    return "\n".join(rows) + "\n"
 
 
 def main(config: Config) -> None:
@@ -495,20 +517,18 @@ def main(config: Config) -> None:
         methods[arm]["against"] = {other: against(records, arm, other) for other in others}
     several = config.study == "methods"  # tasks: one target for all would say nothing
     title = f"{config.study}: mean ± standard deviation over {config.seeds} seeds"
-    console.print(table(title, methods, records, None if several else config.target))
+    console.print(table(title, methods, None if several else config.target))
     task = None if several else records[first][0]["task"]
     command = "python scripts/reproduce.py " + " ".join(part for part in sys.argv[1:] if part != "--stored")
-    result = {"task": task, "command": command.strip(), "versions": versions(), "target": config.target}
+    made_with = records[first][0]["versions"]  # each record has its own
+    result = {"task": task, "command": command.strip(), "versions": made_with, "target": config.target}
     write_atomically(out / f"{config.study}.json", json.dumps(result | {"methods": methods}, indent=1) + "\n")
     if several:
         plot_methods(out / f"{config.study}.png", records)
+        write_atomically(out / f"{config.study}.md", markdown(methods, records))
     else:
-        plot(
-            out / f"{config.study}.png",
-            f"{config.study}: mean ± deviation over seeds",
-            records,
-            headline(arms[first][0]),
-        )
+        title = f"{config.study}: mean ± deviation over seeds"
+        plot(out / f"{config.study}.png", title, records, headline(arms[first][0]))
     console.print(f"stored in {out / config.study}.json, plotted in {out / config.study}.png")
 
 

@@ -22,6 +22,7 @@ from posttrain.tests.pages import RESULTS, ROOT, Section, everything, sections_o
 # Tables of figures that nothing stored can be compared with: beginning of the header -> why
 UNSTORED_TABLES = {
     "| case | plain PyTorch": "milliseconds of one machine, printed by scripts/bench_kernels.py",
+    "| method | task | lines": "scripts/results/methods.md, as tests/test_reproduce.py checks",
     "| model, work | ours": "seconds of one machine, printed by scripts/bench_rollout.py",
     "| quartile of teacher perplexity": "printed by the command beside it, --recovery-probe",
 }
@@ -61,7 +62,7 @@ class Quantity:
 def half_width(n: int) -> float:
     """Of the 95% interval of a mean of n values with standard deviation 1, as scripts/reproduce.py has it."""
     values = [float(i) for i in range(n)]
-    return paired(values)[1] / spread(values) if n > 1 else 0.0
+    return paired(values)["t_half"] / spread(values) if n > 1 else 0.0
 
 
 def differences(ours: list[float], theirs: list[float]) -> dict[str, Quantity]:
