@@ -2,8 +2,9 @@
 
 One language in all ten. A square is a token. Blue is pushed up, red pushed down, the deeper the more; grey carries no
 loss. Orange is the student, purple the teacher or whoever else advises. What looks measured is measured: log-probs are
-those of the built-in tiny models on the responses below; advantages, weights, margins, plans and targets come from the
-methods' own functions. Text stays text, <desc> says what there is to see, and the same models give the same bytes.
+those of the built-in tiny models, on responses that the tiny students wrote; advantages, weights, margins, plans and
+targets come from the methods' own functions. Made up are their other inputs: Skill-SD's moves and its bank's counts,
+RLTF's rewards, SinKD's points. Text stays text, <desc> says what there is to see, the same models give the same bytes.
 
 Run: python scripts/pictures.py
 """
