@@ -134,7 +134,7 @@ class Run:
 
     def log(self, step: int, metrics: dict, rollout: Rollout | None = None, signals: dict | None = None) -> None:
         """One line of metrics.jsonl, the live line, wandb; the best, the worst and one more sample of the batch, with
-        signals by name: [N, T] on each of its tokens, or N values (scripts/transcript.py shows them)."""
+        signals by name: [N, T] on each of its tokens, or N values (scripts/explain.py shows them)."""
         if not self.first:
             return
         with (self.folder / "metrics.jsonl").open("a") as file:

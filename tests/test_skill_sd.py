@@ -888,7 +888,7 @@ def test_rows_that_the_reward_cannot_score_leave_the_credit_alone_and_solved_is_
     assert state["solved"] and any(s["reward"] == 1.0 for bank in state["bank"].values() for s in bank)
 
 
-def test_samples_tell_the_skill_and_the_transcript_shows_it(monkeypatch, tmp_path):
+def test_samples_tell_the_skill_and_a_page_shows_it(monkeypatch, tmp_path):
     out, told = tmp_path / "run", {"success_analysis": "", "mistake_analysis": "aB>-", "golden_workflow": ""}
     monkeypatch.setattr(type(make_task("sokoban")), "summarise", lambda *args: dict(told))
     given = {**SMALL, "steps": 3, "prompts_per_step": 36}
@@ -897,11 +897,9 @@ def test_samples_tell_the_skill_and_the_transcript_shows_it(monkeypatch, tmp_pat
     assert [row["skill"] for row in rows] == [""] * 3 + ["[aB>-]"] * 6  # a skill is read from the next step on
     shown = rows[-1]
     assert len(shown["gap"]) == len(shown["ids"]) and any(shown["gap"])
-    script = Path(skill_sd.__file__).parents[1] / "scripts" / "transcript.py"
-    flags = ["--run", str(out), "--signal", "gap", "--kind", shown["kind"], "--step", str(shown["step"])]
-    said = subprocess.run([sys.executable, str(script), *flags], capture_output=True, text=True, check=True).stdout
-    page = (out / "transcript.html").read_text()
-    assert f"skill: {shown['skill']}" in said and "skill: " in page
+    script, page = Path(skill_sd.__file__).parents[1] / "scripts" / "explain.py", tmp_path / "page.html"
+    subprocess.run([sys.executable, str(script), str(out), "--html", str(page)], check=True)
+    assert "skill <b>[aB&gt;-]</b>" in page.read_text() and 'id="row-2"' in page.read_text()
     skill_sd.main(Config(**given, skill_to="nobody", out=str(tmp_path / "blind")))
     assert not any(row["skill"] for row in samples(tmp_path / "blind"))
 
