@@ -17,6 +17,7 @@ import atexit
 import base64
 import builtins
 import dis
+import importlib
 import inspect
 import re
 import shutil
@@ -30,7 +31,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Annotated, NamedTuple
 
 import tyro
@@ -76,18 +77,26 @@ def left_out(file: str):
     return missing
 
 
-MODELS = "import atexit, base64, shutil, tempfile, zlib\nfrom functools import cache\n\n\n"
-MODELS += inspect.getsource(tiny_models)
-MLP = """\
-import atexit, importlib, shutil, sys, tempfile
-from pathlib import Path
+def module_in_a_file(name: str, text: str) -> ModuleType:
+    """save_pretrained copies the file of a class beside its weights: a run's model/ then loads anywhere."""
+    folder = tempfile.mkdtemp(prefix="module-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Path(folder, f"{name}.py").write_text(text)
+    sys.path.insert(0, folder)
+    return importlib.import_module(name)
 
-# It stays a file, since save_pretrained copies the file of a class beside its weights: a run's model/ loads anywhere.
-MLP_FOLDER = tempfile.mkdtemp(prefix="mlp-")
-atexit.register(shutil.rmtree, MLP_FOLDER, ignore_errors=True)
-Path(MLP_FOLDER, "mlp.py").write_text(r'''{}''')
-sys.path.insert(0, MLP_FOLDER)
-mlp = importlib.import_module("mlp")
+
+TOOLS = """import atexit, base64, importlib, shutil, sys, tempfile, zlib
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+
+"""
+MLP = """
+
+MLP_FILE = r'''{}'''
+mlp = module_in_a_file("mlp", MLP_FILE)
 MLP, MLPConfig = mlp.MLP, mlp.MLPConfig
 """
 HEAD = """\
@@ -119,7 +128,10 @@ def rewrites() -> dict[str, list[tuple[str, str]]]:
     tasks, mlp, inside = ((ROOT / "common" / name).read_text() for name in names)
     families = dict.fromkeys(re.findall(r'"((\w+):(\w+))"', tasks))  # "arithmetic:Arithmetic"
     late = "".join(f"        from posttrain.common.families.{file} import {name}\n" for _, file, name in families)
-    slow = "from transformers.modeling_layers import GradientCheckpointingLayer\n"  # --help need not wait for it
+    models, slow = (
+        TOOLS + inspect.getsource(tiny_models),
+        "from transformers.modeling_layers import GradientCheckpointingLayer\n",
+    )  # --help need not wait for it
     worker = "PYTHONPATH={} and --worker-extension-cls {}.Worker"
     return defaultdict(list) | {
         "common/tasks": [
@@ -130,7 +142,7 @@ def rewrites() -> dict[str, list[tuple[str, str]]]:
             ('.parents[1] / "methods")  # where posttrain.py lies', ".parent)  # where this file lies"),
         ],
         "common/models": [
-            ('TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py\n', MODELS),
+            ('TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py\n', models),
             ("TINY", "tiny_models()"),
             ("in tiny_models().iterdir()))", 'in tiny_models().iterdir())) or "models, of which this file has none"'),
         ],
@@ -147,7 +159,7 @@ def rewrites() -> dict[str, list[tuple[str, str]]]:
              f'f"{worker.format(".", "{Path(__file__).stem}")}" if Worker else ""'),
             ("LOWEST =", "from posttrain.common.engines.worker import Worker\nLOWEST ="),
         ],
-        "common/labelled/mlp": [(mlp, MLP.format(mlp))],
+        "common/labelled/mlp": [(mlp, TOOLS + inspect.getsource(module_in_a_file) + MLP.format(mlp))],
         "common/machines/memory": [(slow, ""), ("    return [module for", f"    {slow}\n    return [module for")],
     }  # fmt: skip
 
@@ -459,7 +471,9 @@ def main(config: Config) -> None:
     path, stay = Path(config.method), [name.removesuffix(".py") for name in config.leave_out]
     out = Path(config.out or path.name)
     text = path.read_text() if path.suffix == ".py" and path.is_file() else ""
-    ours = all(re.search(part, text, re.M) for part in ("^from posttrain[.]common", "^class Config:", "^if __name__"))
+    ours = all(
+        re.search(part, text, re.M) for part in ("^from posttrain.common.run import", "^class Config:", "^if __name__")
+    )
     require(ours, f"{config.method!r} is no method's file: give one of methods/, or a copy of one")
     require(out.resolve() != path.resolve(), f"{out} is the method itself: name another file by -o")
     for name in stay:
