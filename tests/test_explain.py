@@ -14,7 +14,7 @@ from posttrain.methods import grpo, sod
 from posttrain.scripts import explain
 
 ROOT = Path(explain.__file__).resolve().parents[1]
-VOID = {"meta", "input", "rect", "br"}
+VOID = {"meta", "input", "br"}
 SMALL = ["--prompts-per-step=3", "--eval-problems=2"]
 FLAGS = {name: [*SMALL, "--group-size=2", "--at-step=1"] for name in explain.VIEWS}
 FLAGS["uni_opd"] += ["--group-size=4"]
