@@ -327,7 +327,8 @@ VIEWS = {
 
 
 def number(value: float) -> str:
-    return "–" if value is None or math.isnan(value) else f"{value:.3g}"
+    """Three digits; what is left of a sum that rounding alone keeps from 0 is 0."""
+    return "–" if value is None or math.isnan(value) else f"{value:.3g}" if abs(value) > 1e-8 else "0"
 
 
 class Colouring:
@@ -471,7 +472,8 @@ def heat(name: str, about: str, values: Tensor, lines: list[str], columns: list[
     values, largest = values[:CELLS, :CELLS], max(values.max().item(), 1e-12)
     cells = [(i, j, v / largest, f"{lines[i]} → {columns[j]}: {v:.3g}")
              for i, line in enumerate(values.tolist()) for j, v in enumerate(line) if v > 0.01 * largest]  # fmt: skip
-    return {"name": name, "about": about, "cells": cells, "size": values.shape, "largest": largest}
+    size = {"height": values.shape[0], "width": values.shape[1]}
+    return {"name": name, "about": about, "cells": cells, "largest": largest, **size}
 
 
 def labelled(s: Scene) -> dict:
@@ -479,14 +481,16 @@ def labelled(s: Scene) -> dict:
     student, teacher = (x.softmax(-1) for x in (s.logits, s.target))
     readers = {"teacher": teacher, "student": student} if s.same else {"student": student}  # else two vocabularies
     order = readers.get("teacher", student).argmax(-1).argsort(stable=True).tolist()
-    heats, examples = [], []
+    heats, examples, pixels = [], [], s.batch.inputs.get("features")
 
     def word(k: int | Tensor) -> str:
         return s.names[k] if s.names else s.tokenizer.decode([int(k)])
 
     for i in order:
         says = [(word(x[i].argmax()), number(x[i].max().item())) for x in readers.values()]
-        about = {"text": s.table.describe("train", s.rows[s.owner[i]]), "label": word(s.labels[i])}
+        about = {"text": s.table.describe("train", s.rows[s.owner[i]]), "label": word(s.labels[i]), "picture": None}
+        if pixels is not None:
+            about["picture"] = heat("digit", "", pixels[i].view(8, 8), [""] * 8, [""] * 8)
         examples.append(about | {"says": says, "loss": number(s.row_loss[i].item())})
     at = [f"{k}: {each['label']}" for k, each in enumerate(examples)]
     for who, x in readers.items():

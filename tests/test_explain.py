@@ -14,7 +14,7 @@ from posttrain.methods import grpo, sod
 from posttrain.scripts import explain
 
 ROOT = Path(explain.__file__).resolve().parents[1]
-VOID = {"meta", "input", "rect", "br"}
+VOID = {"meta", "input", "br"}
 SMALL = ["--prompts-per-step=3", "--eval-problems=2"]
 FLAGS = {name: [*SMALL, "--group-size=2", "--at-step=1"] for name in explain.VIEWS}
 FLAGS["uni_opd"] += ["--group-size=4"]
@@ -82,6 +82,7 @@ def test_every_method_has_a_page_that_agrees_with_its_run(name, tmp_path, monkey
     scene, page, text = shown(name, tmp_path, FLAGS[name], monkeypatch)
     assert not page.outside and len(text) < 1e6
     assert sum(page.adds) == pytest.approx(scene.metrics["loss/total"], rel=1e-4, abs=1e-6)
+    assert explain.View.rest not in text, "the logged terms times their weights are not the whole loss"
     doc = explain.load(ROOT / "methods" / f"{name}.py").__doc__
     assert f"<h1>{html.escape(doc.splitlines()[0], quote=False)}</h1>" in text
     words = text.partition("<ul>")[2].partition("</ul>")[0] + str(explain.VIEWS[name])
