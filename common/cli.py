@@ -34,11 +34,23 @@ class Engines(System):
     vllm_memory: float = 0.4  # share of a GPU for --rollout vllm: its weights and key-value cache
     vllm_sleep: bool = False  # give that memory to the trainer between rollouts
     server_seconds: float = 600.0  # longest wait for one answer of a vLLM server
-    teacher_cache: str = ""  # folder that keeps what a teacher on a server (--teacher http://...) said, by content
+    teacher_cache: str = ""  # folder that keeps a served teacher's scores; empty it if the served weights change
 
 
 class UserError(Exception):
     """Something the user can mend. The message is one line: the cause, then what to do."""
+
+
+class Ended(UserError):
+    """One that all processes raise together (distributed.together): they can still save what they have."""
+
+
+AT_END: list[Callable[[], None]] = []  # what then is to be called: the run's rescue
+
+
+def launched() -> bool:
+    """By torchrun or its like. Some schedulers set RANK and WORLD_SIZE alone."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def require(condition: Any, message: str) -> None:
@@ -53,8 +65,8 @@ def first_line(error: BaseException) -> str:
 
 def fail(message: str) -> NoReturn:
     """Print one line to stderr and leave with exit code 2."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # under torchrun, which ends the others when the first process has said it
+    if launched() and os.environ["RANK"] != "0":
+        time.sleep(30)  # torchrun ends the others when the first process has said it
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
@@ -78,8 +90,8 @@ def check_ranges(config: Any) -> None:
     for flag, value in (vars(config) | vars(getattr(config, "system", config))).items():
         if type(value) in (int, float) and flag not in ANY:
             least = sys.float_info.min if flag in POSITIVE else 0
-            most = 2**32 if flag == "seed" else math.inf
-            bound = f"{'above' if least else 'at least'} 0" + ", below 2**32" * (flag == "seed")
+            most = {"seed": 2**32, "vllm_memory": 1}.get(flag, math.inf)
+            bound = f"{'above' if least else 'at least'} 0" + f", below {most}" * (most < math.inf)
             require(least <= value < most, f"--{flag.replace('_', '-')} {value}: must be finite and {bound}")
 
 
@@ -110,6 +122,8 @@ def cli(main: Callable[[Any], None], config_class: type, presets: dict[str, dict
         check_ranges(config)
         main(config)
     except UserError as error:
+        for save in AT_END if isinstance(error, Ended) else ():
+            save()
         fail(str(error))
     except KeyboardInterrupt:
         fail("interrupted; run the same command with --resume to go on from the last checkpoint")

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch.utils.checkpoint
 import transformers.utils  # classes are imported when first named: that takes seconds, which --help need not wait
 from torch import nn
 
-from posttrain.common.cli import System, UserError, first_line, require
+from posttrain.common.cli import System, UserError, first_line, launched, require
 from posttrain.common.machines import distributed
 
 transformers.utils.is_sklearn_available = lambda: False  # assisted generation's; it would take a second of every start
 
 SYSTEM = System()  # the run's, from prepare: how load_model lays out what it loads
 TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py
+ONLY_AT_1 = "a teacher on a server gives log-probs at temperature 1 only; let all temperatures be 1"
 
 transformers.utils.logging.set_verbosity_error()
 logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # it reports every retry; one line of ours is enough
@@ -36,16 +38,22 @@ def prepare(config: Any, tiny: bool = False) -> torch.device:
     if SYSTEM.dry_run:
         from posttrain.common.machines.memory import report
 
-        report(config)
+        if not launched() or os.environ["RANK"] == "0":
+            report(config)
         raise SystemExit(0)
+    heats = [getattr(config, name, 1) for name in ("temperature", "divergence_temperature")]
+    require(set(heats) == {1} or "://" not in getattr(config, "teacher", ""), ONLY_AT_1)
     distributed.start(SYSTEM)
     transformers.set_seed(config.seed)
     threads = getattr(config, "threads", SYSTEM.threads)
     if threads or tiny or (TINY / config.model).is_dir():
         torch.set_num_threads(threads or 1)
     try:
-        auto = distributed.local_device() if torch.cuda.is_available() else "cpu"
-        return torch.empty(0, device=auto if config.device == "auto" else config.device).device
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        name = auto if config.device == "auto" else config.device
+        own = f"--device {name}: under torchrun each process takes a GPU of its own; give --device cuda"
+        require(distributed.world() == 1 or ":" not in name, own)
+        return torch.empty(0, device=distributed.local_device() if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"no device {config.device!r} here ({first_line(error)}); try --device cpu") from None
 

@@ -184,7 +184,7 @@ class Engine(abc.ABC):
         mine = distributed.part(len(prompts))
         prompts, examples = ([x for x in rows for _ in range(n)] for rows in (prompts, examples))
         ids, logps = [], []
-        with self.ready():
+        with self.ready(), distributed.together():
             for start in range(mine.start * n, mine.stop * n, per_batch * n):
                 some = slice(start, min(start + per_batch * n, mine.stop * n))
                 batch_ids, batch_logps = self.complete(prompts[some], u[some], sampling)
@@ -197,10 +197,17 @@ class Engine(abc.ABC):
         return to_device(assemble(prompts, ids, self.tokenizer.pad_token_id, **rest), device_of(self.model))
 
 
+def check_rollout(kind: str) -> None:
+    known = "give hf, vllm, or the addresses of vLLM servers, such as http://localhost:8000,http://localhost:8001"
+    known = f"--rollout {kind!r}: {known}"
+    require(kind in ("hf", "vllm") or all(x.startswith(("http://", "https://")) for x in kind.split(",")), known)
+
+
 def make_engine(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", config: Any = None) -> Engine:
     """The engine of --rollout for the policy; without config, of a frozen model where it is."""
     urls = getattr(model, "urls", "")  # a model behind servers
     kind = urls or (config.rollout if config else "hf")
+    check_rollout(kind)
     if kind == "hf":
         from posttrain.common.engines.hf import HFEngine
 
@@ -209,8 +216,6 @@ def make_engine(model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBa
         from posttrain.common.engines.local import VLLMEngine
 
         return VLLMEngine(model, tokenizer, config)
-    known = "give hf, vllm, or the addresses of vLLM servers, such as http://localhost:8000,http://localhost:8001"
-    require(all(url.startswith(("http://", "https://")) for url in kind.split(",")), f"--rollout {kind!r}: {known}")
     from posttrain.common.engines.server import ServerEngine
 
     return ServerEngine(model, tokenizer, kind, push=not urls, out=getattr(config, "out", ""))

@@ -5,6 +5,7 @@ samples.jsonl   sampled texts with rewards         checkpoint/     all that --re
 model/          Hugging Face folder                summary.json, curve.png
 """
 
+import copy
 import dataclasses
 import importlib.metadata
 import json
@@ -23,7 +24,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from posttrain.common.cli import UserError, first_line, require
+from posttrain.common.cli import AT_END, UserError, first_line, require
 from posttrain.common.machines import distributed
 from posttrain.common.machines.weights import save_model
 from posttrain.common.rollout import Rollout, Sampling
@@ -80,6 +81,8 @@ class Run:
         self.checkpoint = self.folder / "checkpoint"
         online = config.wandb != "off" and self.first  # the first process alone writes and prints
         self.wandb = start_wandb(config.wandb, self.folder, flags) if online else None
+        self.before, self.saved = (0, 0, {}), 0  # the state in which the present step began; the last step saved
+        AT_END[:] = [self.rescue]
         distributed.barrier()  # all have looked into the folder
 
     def due(self, step: int, every: int) -> bool:
@@ -94,6 +97,19 @@ class Run:
         plain |= {"step": step, "seconds": self.seconds + time.monotonic() - self.start}
         plain["skipped"] = next(part.skipped for part in parts.values() if hasattr(part, "skipped"))
         checkpoint.save(self.checkpoint, step, plain, {k: part for k, part in parts.items() if k not in plain})
+        self.saved = step
+
+    def rescue(self) -> None:
+        """Save the state in which the present step began, unless its update is done; every process must call it."""
+        step, updates, state = self.before
+        if step > self.saved and updates == self.updates():
+            distributed.reshard()
+            self.save(step, **self.parts | state)
+        self.console.print(f"--resume --out {self.folder} goes on from step {self.saved}")
+
+    def updates(self) -> int:
+        optimizer = next(part for part in self.parts.values() if hasattr(part, "skipped"))
+        return optimizer.skipped + getattr(optimizer.model, "weights_version", 0)
 
     def restore(self, **parts: Any) -> int:
         """Load the checkpoint, if any, into the given parts; drop what was logged after it. -> steps already done"""
@@ -113,7 +129,7 @@ class Run:
             except Exception as error:
                 raise UserError(f"{found} is damaged or of another model ({first_line(error)})") from None
             require(state["step"] <= self.config.steps, f"the run has {state['step']} steps already: raise --steps")
-        self.seconds = state["seconds"]
+        self.seconds, self.parts, self.saved = state["seconds"], parts, max(0, state["step"])
         if not self.first:
             return max(0, state["step"])
         write_atomically(self.folder / "config.json", json.dumps(self.record, indent=1))
@@ -125,10 +141,15 @@ class Run:
 
     def steps(self, done: int) -> Iterator[int]:
         """The remaining steps, 1-based, under a progress bar with a live line."""
+        remote = "://" in getattr(self.config, "rollout", "")
         columns = (*Progress.get_default_columns(), TextColumn("{task.fields[live]}"))
         with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as self.progress:
             self.bar = self.progress.add_task(self.method, total=self.config.steps, completed=done, live="")
             for step in range(done + 1, self.config.steps + 1):
+                state = {name: copy.deepcopy(part) for name, part in self.parts.items() if isinstance(part, dict)}
+                self.before = (step - 1, self.updates(), state)
+                if remote and step - 1 > self.saved and self.due(step, self.config.eval_every):
+                    self.save(step - 1, **self.parts)  # servers may fail after the update and before its line
                 yield step
                 self.progress.advance(self.bar)
 

@@ -174,6 +174,6 @@ def resources(clock: list[float], mask: Tensor) -> dict[str, float]:
     sample, score, update = (b - a for a, b in itertools.pairwise(clock))
     speed = mask.sum().item() / (clock[-1] - clock[0])
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if mask.is_cuda else rss
+    peak = torch.cuda.max_memory_allocated(mask.device) if mask.is_cuda else rss
     total = {"time/sample": sample, "time/score": score, "time/update": update, "time/tokens_per_second": speed}
     return total | {"memory/peak_gib": peak / 2**30}

@@ -236,9 +236,9 @@ def main(config: Config) -> None:
     vocab_size = shared_vocabulary(policy, tokenizer, teacher, teacher_tokenizer)
     direct = config.est in ("full", "topk")  # these read the teacher's whole distribution, or a server's lists of K
     lists = getattr(teacher, "topk", None) if (config.est, config.support) == ("topk", "teacher") else None
-    _ = lists or not direct or lm_head(teacher)  # a teacher on a server that is to give more than lists is refused now
+    require(lists or not direct or lm_head(teacher), "")  # a teacher on a server that is to give more is refused now
     engine = make_engine(policy, tokenizer, config)
-    teacher_engine = make_engine(teacher, teacher_tokenizer)
+    teacher_engine = engine if teacher is policy else make_engine(teacher, teacher_tokenizer)
     require(config.top_k <= vocab_size, f"--top-k {config.top_k} exceeds the vocabulary of {vocab_size} tokens")
     same_end = engine.stop_ids == teacher_engine.stop_ids
     require(same_end or config.mask_eos, "student and teacher end with different tokens: --mask-eos leaves them out")

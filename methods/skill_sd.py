@@ -187,7 +187,8 @@ def main(config: Config) -> None:
     policy = load_model(config.model, device, config.dtype, config.lora_rank)
     teacher = policy if config.teacher_sync == "live" else load_start(policy, config.model, device, config.dtype)
     engine = Episodes(make_engine(policy, tokenizer, config), make, config.max_turns, config.max_seconds)
-    teacher_engine = Episodes(make_engine(teacher, tokenizer), make, config.max_turns, config.max_seconds)
+    theirs = engine.engine if teacher is policy else make_engine(teacher, tokenizer)
+    teacher_engine = Episodes(theirs, make, config.max_turns, config.max_seconds)
     writer = engine.engine if config.summarizer == "self" else None
     if config.summarizer not in ("rules", "self"):
         other = load_model(config.summarizer, device, config.dtype, train=False)
@@ -235,9 +236,8 @@ def main(config: Config) -> None:
         clock, key = [time.perf_counter()], (config.seed, step, 0)
         problems = task.draw(config.prompts_per_step, *key)
         banks = [state["bank"].setdefault((text_of(example), example.answer), []) for example in problems]
-        chosen = [choose(bank, config.ucb) for bank in banks]
+        chosen, starts = [choose(bank, config.ucb) for bank in banks], []
         texts = ["" if i is None else bank[i]["text"] for i, bank in zip(chosen, banks, strict=True)]
-        starts = []
         if plays or hasattr(task, "shorten"):  # else (3) leaves out the tokens that exceed the context
             fits = [fit(text, x, most) for text, x in zip(texts, engine.openings(problems), strict=True)]
             texts, starts = [text for text, _ in fits], [ids(prompt) for _, prompt in fits if plays]

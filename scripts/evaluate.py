@@ -9,7 +9,7 @@ Run: python scripts/evaluate.py --model addition-teacher --task addition
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,7 @@ from rich.table import Table
 from posttrain.common.cli import Engines, UserError, cli, require
 from posttrain.common.environments.episodes import Episodes
 from posttrain.common.environments.tools import Form, make_environment
+from posttrain.common.machines import distributed
 from posttrain.common.models import load_model, load_tokenizer, prepare
 from posttrain.common.rollout import Sampling, make_engine
 from posttrain.common.tasks import CORRECT, grade_all, make_reward, make_task
@@ -75,7 +76,8 @@ def main(config: Config) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {folder} ({error.strerror}); choose another --out") from None
-        require(not (folder / "summary.json").exists(), f"{folder} already holds an evaluation; choose another --out")
+        held = any((folder / name).exists() for name in ("summary.json", "samples.jsonl", "config.json"))
+        require(not held, f"{folder} already holds a run or an evaluation; choose another --out")
 
     start, play = time.perf_counter(), config.max_turns > 1
     problems = task.heldout(config.problems)
@@ -88,7 +90,7 @@ def main(config: Config) -> None:
     figures = {f"avg@{config.samples}": correct.double().mean(1)}
     figures |= {f"pass@{2**i}": pass_at_k(correct, 2**i) for i in range(1, config.samples.bit_length())}
     figures["greedy"] = (greedy.reward == CORRECT).double()
-    summary = {"model": config.model, "task": config.task, "problems": len(problems), "config": vars(config)}
+    summary = {"model": config.model, "task": config.task, "problems": len(problems), "config": asdict(config)}
     table = Table(title=f"{config.model} on {config.task}: {len(problems)} held-out problems")
     for column in ("", "mean", "95% interval"):
         table.add_column(column, justify="right" if column else "left")
@@ -101,7 +103,7 @@ def main(config: Config) -> None:
     console = Console()
     console.print(table)
     console.print(f"{summary['truncated']:.1%} of the samples were cut by length; {summary['seconds']:.0f} s")
-    if folder:
+    if folder and distributed.rank() == 0:
         with (folder / "samples.jsonl").open("w") as file:
             for kind, rollout in (("sampled", sampled), ("greedy", greedy)):
                 for example, text, value in zip(rollout.examples, rollout.texts, rollout.reward.tolist(), strict=True):

@@ -5,11 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from posttrain.common.cli import System, fail
+from posttrain.common.machines import distributed
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"steps": 2, "prompts_per_step": 3, "group_size": 3, "eval_problems": 5, "eval_samples": 2, "eval_every": 0}
@@ -158,6 +162,20 @@ def test_bad_input_is_said_once(tmp_path):
     done = torchrun(ROOT / "methods" / "grpo.py", "--model", "no-such", "--out", tmp_path / "run")
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode and len(said) == 1 and "no-such" in said[0] and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_a_scheduler_that_sets_ranks_alone_starts_one_process(rank, monkeypatch, capsys):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    began = time.monotonic()
+    distributed.start(System())
+    assert distributed.world() == 1 and not torch.distributed.is_initialized()
+    with pytest.raises(SystemExit):
+        fail("at once")
+    assert capsys.readouterr().err == "error: at once\n" and time.monotonic() - began < 5
 
 
 def test_shards_without_torchrun_are_refused():

@@ -162,7 +162,9 @@ def test_a_share_for_vllm_and_what_waits_on_the_cpu_are_told(capsys):
     assert "In CPU memory wait" in said and "policy: weights" not in said
 
 
-def test_a_model_that_is_none_is_one_line(tmp_path):
+def test_a_model_or_an_engine_that_is_none_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="--rollout 'vlm'"):
+        report(grpo.Config(rollout="vlm"))
     with pytest.raises(UserError, match="cannot load 'no-such-model'"):
         report(opd.Config(teacher="no-such-model"))
     transformers.ViTConfig().save_pretrained(tmp_path)

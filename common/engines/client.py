@@ -16,6 +16,16 @@ class Failure(Exception):
     """What one server did wrong. Another, or the same one later, may do better."""
 
 
+def field(answer: Any, *path: str | int) -> Any:
+    """What an answer holds at the path."""
+    try:
+        for key in path:
+            answer = answer[key]
+    except (KeyError, IndexError, TypeError):
+        raise Failure(f"an answer of another form than vLLM 0.32's (no {key!r})") from None
+    return answer
+
+
 @dataclass
 class Server:
     url: str
@@ -41,7 +51,9 @@ class Servers:
         self.servers = [Server(url.strip().rstrip("/")) for url in urls.split(",")]
         for server in self.servers:
             try:
-                require(httpx.URL(server.url).host, f"{flag} {server.url!r} names no host; give http://host:port")
+                url = httpx.URL(server.url)
+                told = f"{flag} {server.url!r} names no host or no port; give http://host:port"
+                require(url.host and (url.port or 0) < 2**16, told)
             except httpx.InvalidURL as error:
                 raise UserError(f"{flag} {server.url!r}: {first_line(error)}; give http://host:port") from None
         key = os.environ.get("VLLM_API_KEY")
@@ -59,14 +71,14 @@ class Servers:
 
         self.run(prepare_each)
 
-    def first(self, path: str) -> Any:
-        """What the first server says that answers a GET of the path."""
+    def first(self, path: str, check: Callable[[Any], Any]) -> Any:
+        """check(answer) of the first server that answers a GET of the path; check raises Failure as in ask()."""
 
         async def look(client: httpx.AsyncClient) -> Any:
             for _ in range(self.patience):
                 for server in self.servers:
                     try:
-                        return await self.call(client, server.url, path)
+                        return check(await self.call(client, server.url, path))
                     except Failure as failure:
                         self.failed(server, failure)
                 await asyncio.sleep(2.0 ** (self.servers[0].failures - 1))
@@ -180,6 +192,7 @@ class Servers:
 
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
+MODELS = "/v1/models"
 
 
 def mend(path: str, status: int, told: str) -> str:
@@ -187,7 +200,9 @@ def mend(path: str, status: int, told: str) -> str:
     if path == GENERATE and status in (403, 404):
         return "; start it by `vllm serve` of vLLM 0.32 with --enable-scale-out"
     if path == "/weight_info" and status == 404:
-        return "; start it with VLLM_SERVER_DEV_MODE=1, without which it takes no weights"
+        return "; if it is vLLM's, start it with VLLM_SERVER_DEV_MODE=1, without which it takes no weights"
+    if path == MODELS and status == 404:
+        return "; give the address of a server that `vllm serve` of vLLM 0.32 has started, without a path behind it"
     if status == 401:
         return "; put its key into VLLM_API_KEY"
     return "; start it with a higher --max-logprobs, or lower --top-k" if "max allowed" in told else ""

@@ -20,7 +20,7 @@ from typing import Any
 import transformers
 from torch import Tensor, nn
 
-from posttrain.common.cli import UserError, first_line, require
+from posttrain.common.cli import UserError, first_line, launched, require
 from posttrain.common.machines.weights import full_weights
 from posttrain.common.models import device_of, plain
 from posttrain.common.rollout import Engine, Sampling, seed_of
@@ -39,9 +39,9 @@ class VLLMEngine(Engine):
     def __init__(self, model: nn.Module, tokenizer: "transformers.PreTrainedTokenizerBase", config: Any):
         super().__init__(model, tokenizer, batch_tokens=sys.maxsize)  # vLLM schedules the rows of a call itself
         device, self.sleeps, self.version = device_of(model), config.system.vllm_sleep, None
-        launched = "RANK" in os.environ  # by torchrun, whose processes have met in distributed.start
         chosen = "--rollout vllm takes the first GPU that it sees: choose with CUDA_VISIBLE_DEVICES, not with --device"
-        require(launched or not device.index, chosen)
+        by_torchrun = launched()  # then the processes have met in distributed.start
+        require(by_torchrun or not device.index, chosen)
         require(device.type != "cpu" or not self.sleeps, "--vllm-sleep frees a GPU's memory; leave it out on a CPU")
         missing = "pip install -r requirements-vllm.txt; without a GPU, scripts/vllm_cpu.sh makes an environment"
         require(importlib.util.find_spec("vllm"), f"--rollout vllm: vLLM is not installed: {missing}")
@@ -68,7 +68,7 @@ class VLLMEngine(Engine):
                     enforce_eager=device.type == "cpu",  # compiling takes longer than it saves
                     enable_sleep_mode=self.sleeps,
                     # Torchrun's processes: each with a whole model of its own, on the GPU of LOCAL_RANK.
-                    distributed_executor_backend="external_launcher" if launched else "uni",
+                    distributed_executor_backend="external_launcher" if by_torchrun else "uni",
                     logprobs_mode="processed_logprobs",  # at the sampling temperature
                     generation_config="vllm",  # no defaults from the model's folder: we give every setting
                     seed=config.seed,
@@ -80,7 +80,7 @@ class VLLMEngine(Engine):
         log = logging.getLogger("vllm.model_executor.model_loader.reload.inplace")
         log.setLevel(logging.WARNING)
         log.addFilter(refuse_incomplete)
-        if launched:  # at exit vLLM would close the process groups before distributed does
+        if by_torchrun:  # at exit vLLM would close the process groups before distributed does
             self.llm.llm_engine.engine_core._finalizer.detach()
         self.sleep()
 

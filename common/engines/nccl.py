@@ -2,7 +2,7 @@
 
 For servers that all have --weight-transfer-config '{"backend": "nccl"}', and vLLM installed here. Written from vLLM
 0.32's source and NOT RUN: there were no GPUs. Known limit: a server that dies within a broadcast leaves NCCL, and with
-it the run, waiting; --resume starts anew.
+it the run, waiting; so does an error of the first rank in the midst of it under --shard fsdp. --resume starts anew.
 """
 
 import socket
@@ -37,8 +37,9 @@ class Broadcast:
             return False
         if not self.shapes:
             self.shapes = [(name, self.dtype or x.dtype, tuple(x.shape)) for name, x in full_weights(self.model)]
-        self.usable = distributed.from_first(distributed.rank() > 0 or self.connect())
-        if not self.usable:
+        connected = distributed.rank() > 0 or self.connect()
+        connected, self.usable = distributed.from_first((connected, self.usable))
+        if not connected:
             return False
         if distributed.rank():
             for _ in full_weights(self.model):
@@ -63,12 +64,15 @@ class Broadcast:
         urls = [url for url, version in versions.items() if version]
         if self.transfer and urls == self.urls and {versions[url] for url in urls} == {self.tag}:
             return True
+        if not urls:
+            return False  # none answers now
         try:
             from vllm.distributed.weight_transfer import nccl_engine as vllm_nccl
 
             for url in urls:  # asked without what it needs, which a server without NCCL says first
                 answer = self.request("POST", url, "init_weight_transfer_engine", {"init_info": {}})
                 if "not configured" in answer.text or answer.status_code in (403, 404):
+                    self.usable = False
                     return False
             self.urls = urls
             self.post("shutdown_weight_transfer_engine", {})  # an earlier group
@@ -86,6 +90,7 @@ class Broadcast:
             self.transfer = engine.trainer_init(info, client=self, source=source)
         except Exception as error:  # of many types: no vLLM here, no server, no route
             print(f"no NCCL between trainer and servers ({first_line(error)}); weights go by disk", flush=True)
+            self.usable = False
             return False
         return True
 

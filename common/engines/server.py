@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import Tensor, nn
 
 from posttrain.common import models
 from posttrain.common.cli import UserError, require
-from posttrain.common.engines.client import GENERATE, Failure, Server, Servers
+from posttrain.common.engines.client import GENERATE, MODELS, Failure, Server, Servers, field
 from posttrain.common.machines import distributed
 from posttrain.common.machines.weights import full_weights
 from posttrain.common.models import device_of, plain
@@ -42,7 +43,7 @@ class ServerEngine(Engine):
         self.push, self.version, self.tag, self.raw = push, None, "", ""
         self.vocab = plain(model).config.get_text_config().vocab_size
         name = distributed.from_first(uuid.uuid4().hex[:8])  # no other run's weights have it
-        self.folder = (Path(out or "runs") / f"weights-{name}").resolve()
+        self.folder, self.own = (Path(out or "runs") / f"server-weights-{name}").resolve(), bool(out)
         self.servers = Servers(urls, "--rollout" if push else "--teacher", seconds_of_system(), self.prepare)
         self.nccl = None
         if push and device_of(model).type == "cuda":
@@ -50,8 +51,6 @@ class ServerEngine(Engine):
 
             self.nccl = Broadcast(model, self.servers)
         if push and distributed.rank() == 0:
-            for old in Path(out).glob("weights-*") if out else ():  # a killed run's
-                shutil.rmtree(old, ignore_errors=True)
             atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
 
     @contextlib.contextmanager
@@ -69,16 +68,23 @@ class ServerEngine(Engine):
             server.ready = False
         if not (self.nccl and self.nccl.send(self.tag)):
             write_weights(self.model, self.folder / self.tag)
-        if distributed.rank() == 0:
-            self.servers.prepare_all()
-            for old in self.folder.glob("weights-*"):
-                if old.name != self.tag:
-                    shutil.rmtree(old, ignore_errors=True)
-        distributed.barrier()
+        with distributed.together():
+            if distributed.rank() == 0:
+                self.servers.prepare_all()
+                killed = self.folder.parent.glob("server-weights-????????") if self.own else ()  # --out is ours by now
+                for old in (*killed, *self.folder.glob("*")):
+                    if old != self.folder and old.name != self.tag:
+                        shutil.rmtree(old, ignore_errors=True)
 
     async def prepare(self, server: Server, call: Any) -> None:
         """Give a server the current weights unless it has them, and look at its log-probs."""
-        if self.push and (await call("/weight_info"))["weight_version"] != self.tag:
+        has = str(field(await call("/weight_info"), "weight_version")) if self.push else self.tag
+        if self.push and not has.startswith(self.folder.name):  # new to us
+            root = str(field(await call(MODELS), "data", 0, "root"))
+            if Path(root, "config.json").is_file():  # vLLM loads what fits, and would leave a deeper model's rest
+                same = sizes(transformers.AutoConfig.from_pretrained(root)) == sizes(plain(self.model).config)
+                require(same, f"--rollout {server.url} serves {root!r}, a model of another size: serve --model's")
+        if has != self.tag:
             folder = self.folder / self.tag
             if not folder.is_dir():
                 raise Failure("it has lost the weights that came by NCCL; the next batch brings new ones")
@@ -133,11 +139,11 @@ class ServerEngine(Engine):
             same = [token["token_id"] for token in content] == ids
             versions = {span["version"] for span in choice["weight_versions"]}
             known = all(0 <= token < self.vocab for token in ids)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Failure(f"an answer of another form than vLLM 0.32's ({type(error).__name__}: {error})") from None
         ended = bool(ids) and (ids[-1] in ends or bool(stops))
         checks = {
-            f"weights {sorted(versions)} instead of {self.tag}": not self.push or versions == {self.tag},
+            f"weights {sorted(map(str, versions))} instead of {self.tag}": not self.push or versions == {self.tag},
             f"{len(logps)} log-probs of {len(ids)} tokens": same,
             f"{len(ids)} tokens where 1 to {limit} were asked for": 0 < len(ids) <= limit,
             f"a token outside the vocabulary of {self.vocab}": known,
@@ -151,6 +157,11 @@ class ServerEngine(Engine):
         short = "a server cut a row short of --max-new-tokens: raise its --max-model-len"
         require(reason != "length" or len(ids) == limit, f"{self.servers.flag}: {short}")
         return ids, logps
+
+
+def sizes(config: Any) -> tuple[int, int]:
+    text = config.get_text_config()
+    return text.num_hidden_layers, text.vocab_size
 
 
 def seconds_of_system() -> float:

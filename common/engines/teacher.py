@@ -2,7 +2,7 @@
 
 Start each with `vllm serve FOLDER --enable-scale-out` (and --max-logprobs K for lists of more than 20 tokens). FOLDER
 or hub name must be readable here too, for its tokenizer and config. Scores are vLLM's prompt_logprobs: of the whole
-vocabulary at temperature 1, whatever --logprobs-mode says.
+vocabulary at temperature 1, under --logprobs-mode raw_logprobs (the default) or processed_logprobs.
 """
 
 import hashlib
@@ -19,21 +19,18 @@ import transformers
 from torch import Tensor
 
 from posttrain.common.cli import UserError, require
-from posttrain.common.engines.client import GENERATE, Failure, Server, Servers
+from posttrain.common.engines.client import GENERATE, MODELS, Failure, Server, Servers, field
 from posttrain.common.engines.server import LOWEST, seconds_of_system
 from posttrain.common.machines import distributed
-from posttrain.common.models import from_pretrained
+from posttrain.common.models import ONLY_AT_1, from_pretrained
 from posttrain.common.rollout import Rollout
-
-MODELS = "/v1/models"
-ONLY_AT_1 = "a teacher on a server gives log-probs at temperature 1 only; let all temperatures be 1"
 
 
 @cache
 def served(urls: str) -> dict:
     """What the servers say of their model: root, the name it was loaded by, and max_model_len."""
     servers = Servers(urls, "--teacher", seconds_of_system(), None)
-    card = servers.first(MODELS)["data"][0]
+    card = servers.first(MODELS, lambda said: {key: field(said, "data", 0, key) for key in ("root", "max_model_len")})
     try:
         transformers.AutoConfig.from_pretrained(card["root"])
     except Exception:
@@ -45,17 +42,14 @@ def served(urls: str) -> dict:
 class ServerModel:
     """Stands where a frozen model does. `urls` tells the two apart: scoring.score() and make_engine() ask the servers;
     what needs hidden states or an LM head is refused there. cache: a folder that keeps scores by content (model name,
-    tokens, k); make it anew when the weights behind a name change."""
+    a local folder's files of weights, tokens, k); make it anew when what is served changes without these."""
 
     def __init__(self, urls: str, device: torch.device, cache: str = ""):
         card = served(urls)
-        self.urls, self.device, self.root, self.autocast_dtype, self.weights_version = (
-            urls,
-            device,
-            card["root"],
-            None,
-            0,
-        )
+        self.urls, self.device, self.root = urls, device, card["root"]
+        self.autocast_dtype, self.weights_version = None, 0  # as of a frozen model
+        files = [(path.name, path.stat()) for path in sorted(Path(self.root).glob("*.safetensors"))]
+        self.weights = [self.root, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)]
         self.config = from_pretrained(transformers.AutoConfig, self.root)
         text = self.config.get_text_config()
         self.vocab = text.vocab_size
@@ -69,7 +63,7 @@ class ServerModel:
         self.cache, self.recent, self.k = Cache(Path(cache)) if cache else None, {}, 0
 
     async def prepare(self, server: Server, call: Any) -> None:
-        root = (await call(MODELS))["data"][0]["root"]
+        root = field(await call(MODELS), "data", 0, "root")
         require(root == self.root, f"--teacher {server.url} serves {root!r}, another {self.root!r}: start them alike")
 
     def eval(self) -> "ServerModel":
@@ -95,7 +89,7 @@ class ServerModel:
         self.recent = {}
         found = self.ask(rollout[rows], self.k)
         logps[rows] = logps[rows].masked_scatter(
-            rollout.loss_mask[rows].bool(), torch.cat([x[:, 0] for x in found]).to(logps)
+            rollout.loss_mask[rows].bool(), torch.cat([torch.zeros(0), *(x[:, 0] for x in found)]).to(logps)
         )
         distributed.add_up(logps)
         return logps, torch.where(rollout.loss_mask > 0, torch.nan, 0.0)
@@ -113,7 +107,7 @@ class ServerModel:
         for tokens, sampled in zip(rollout.tokens.cpu(), rollout.loss_mask.cpu().bool(), strict=True):
             where = sampled.nonzero().squeeze(1).tolist()
             ids = tokens[: where[-1] + 1].tolist() if where else []
-            said = json.dumps([self.root, ids, where, k])
+            said = json.dumps([self.weights, ids, where, k])
             keys.append(hashlib.blake2b(said.encode(), digest_size=20).digest())
             known = self.recent.get(keys[-1]) if where else torch.zeros(0, 1 + 2 * k)
             if known is None and self.cache:
@@ -124,7 +118,8 @@ class ServerModel:
                 jobs.append((keys[-1], ids, where))
         asks = {"max_tokens": 1, "prompt_logprobs": k, "detokenize": False}
         bodies = [{"token_ids": ids, "sampling_params": asks} for _, ids, _ in jobs]
-        answers = self.servers.ask(GENERATE, bodies, lambda answer, i: self.check(answer, *jobs[i][1:], k))
+        with distributed.together():
+            answers = self.servers.ask(GENERATE, bodies, lambda answer, i: self.check(answer, *jobs[i][1:], k))
         new = {key: answer for (key, _, _), answer in zip(jobs, answers, strict=True)}
         if self.cache:
             self.cache.put(new)
@@ -143,7 +138,7 @@ class ServerModel:
                 logps = [x["logprob"] for x in (said[at][str(ids[at])], *(x for _, x in ranked))]
                 rows.append([logps[0], *(int(token) for token, _ in ranked), *logps[1:]])
             scores = torch.tensor(rows)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Failure(f"an answer of another form than vLLM 0.32's ({type(error).__name__}: {error})") from None
         if scores.shape != (len(where), 1 + 2 * k):
             raise Failure(f"it answered with fewer than {k} likeliest tokens")

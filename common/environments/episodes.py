@@ -121,7 +121,7 @@ class Episodes:
         longest = self.engine.fit(prompts, length)
         per_batch = max(1, getattr(self.engine, "batch_tokens", len(rows) * longest) // longest)
         mine = rows[distributed.part(len(rows))]
-        with self.engine.ready():
+        with self.engine.ready(), distributed.together():
             for at in range(0, len(mine), per_batch):
                 self.play(mine[at : at + per_batch], sampling)
         # Environments stay here: one may not be fit to travel.

@@ -42,7 +42,7 @@ def save(folder: Path, step: int, plain: dict[str, Any], parts: dict[str, Any]) 
     dcp.save(state, checkpoint_id=partial, no_dist=distributed.world() == 1)
     distributed.barrier()
     if distributed.rank() == 0:
-        older = [path for path in folder.iterdir() if path not in (partial, whole)]
+        older = [path for path in folder.glob("step-*") if path != whole]
         shutil.rmtree(whole, ignore_errors=True)
         partial.rename(whole)
         for path in older:

@@ -18,17 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from posttrain.common.cli import System, require
+from posttrain.common.cli import Ended, System, UserError, launched, require
 
 SHARDED: list[nn.Module] = []  # the models whose weights lie in shards
 
 
 def start(system: System) -> None:
     """Join the processes that torchrun started, if it did. Only the first of them prints."""
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    require(launched or system.shard == "none", "--shard fsdp: start with torchrun --nproc-per-node N methods/...")
+    require(launched() or system.shard == "none", "--shard fsdp: start with torchrun --nproc-per-node N methods/...")
     require(not system.cpu_offload or system.shard == "fsdp", "--cpu-offload moves shards: add --shard fsdp")
-    if launched and not dist.is_initialized():
+    if launched() and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # a slow rollout of one is no failure of all
         atexit.register(dist.destroy_process_group)
@@ -65,6 +64,19 @@ def gather(things: list) -> list:
     every: list = [None] * world()
     dist.all_gather_object(every, things)
     return list(itertools.chain(*every))
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around what each process does alone: a UserError of any is raised by all, when all are here."""
+    said = []
+    try:
+        yield
+    except UserError as error:
+        said = [str(error)]
+    said = gather(said)
+    if said:
+        raise Ended(said[0])
 
 
 def from_first(thing):
@@ -162,7 +174,9 @@ def whole(model: nn.Module) -> Iterator[None]:
     for module in parts:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    yield
-    for module in parts:
-        module.set_reshard_after_forward(module is not parts[0], recurse=False)
-        module.reshard()
+    try:
+        yield
+    finally:
+        for module in parts:
+            module.set_reshard_after_forward(module is not parts[0], recurse=False)
+            module.reshard()

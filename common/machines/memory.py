@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.models import add_lora, from_pretrained, plain
-from posttrain.common.rollout import BATCH_TOKENS
+from posttrain.common.rollout import BATCH_TOKENS, check_rollout
 from posttrain.kernels.head import chunk_rows
 
 PROMPT = 256  # tokens of a prompt: tasks are not loaded either
@@ -203,9 +203,10 @@ def estimate(config: Any) -> tuple[dict[str, dict[str, int]], dict[str, dict[str
 
 def report(config: Any) -> None:
     """Prints the estimate. UserError where a flag names no model."""
-    if not hasattr(config, "rollout"):
-        print("--dry-run: no estimate for this method, whose models are no policies that sample text")
+    if not hasattr(config, "rollout") or not hasattr(config, "prompts_per_step"):
+        print("--dry-run: no estimate here, where no policy that samples text is trained")
         return
+    check_rollout(config.rollout)
     (models, parts), system = estimate(config), config.system
     waiting = {}
     if system.cpu_offload and system.shard == "fsdp":
