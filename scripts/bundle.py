@@ -128,10 +128,8 @@ def rewrites() -> dict[str, list[tuple[str, str]]]:
     tasks, mlp, inside = ((ROOT / "common" / name).read_text() for name in names)
     families = dict.fromkeys(re.findall(r'"((\w+):(\w+))"', tasks))  # "arithmetic:Arithmetic"
     late = "".join(f"        from posttrain.common.families.{file} import {name}\n" for _, file, name in families)
-    models, slow = (
-        TOOLS + inspect.getsource(tiny_models),
-        "from transformers.modeling_layers import GradientCheckpointingLayer\n",
-    )  # --help need not wait for it
+    models = TOOLS + inspect.getsource(tiny_models)
+    slow = "from transformers.modeling_layers import GradientCheckpointingLayer\n"  # --help need not wait for it
     worker = "PYTHONPATH={} and --worker-extension-cls {}.Worker"
     return defaultdict(list) | {
         "common/tasks": [
@@ -144,7 +142,7 @@ def rewrites() -> dict[str, list[tuple[str, str]]]:
         "common/models": [
             ('TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py\n', models),
             ("TINY", "tiny_models()"),
-            ("in tiny_models().iterdir()))", 'in tiny_models().iterdir())) or "models, of which this file has none"'),
+            ('glob("*/config.json")))', 'glob("*/config.json"))) or "models, of which this file has none"'),
         ],
         "common/run": [
             ('[json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]', "[]  # see the repository"),
