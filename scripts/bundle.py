@@ -470,7 +470,8 @@ def main(config: Config) -> None:
     out = Path(config.out or path.name)
     text = path.read_text() if path.suffix == ".py" and path.is_file() else ""
     ours = all(
-        re.search(part, text, re.M) for part in ("^from posttrain.common.run import", "^class Config:", "^if __name__")
+        re.search(part, text, re.M)
+        for part in (r"^from posttrain.common.run import .*\bRun\b", "^class Config:", "^if __name__")
     )
     require(ours, f"{config.method!r} is no method's file: give one of methods/, or a copy of one")
     require(out.resolve() != path.resolve(), f"{out} is the method itself: name another file by -o")

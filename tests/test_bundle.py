@@ -107,8 +107,8 @@ def found(empty):
     jobs["left out"] = ("slim.py", flags("grpo", out="none", model=ROOT / "common" / "tiny" / "addition-student",
                                          rollout="http://localhost:1"))  # fmt: skip
     (empty / "jobs.json").write_text(json.dumps(jobs, default=str))
-    (empty / "driver.py").write_text(DRIVER)
-    done = run(["driver.py"], empty)
+    (empty / "all_bundles").write_text(DRIVER)
+    done = run(["all_bundles"], empty)
     assert done.returncode == 0, done.stderr
     return json.loads((empty / "found.json").read_text())
 
@@ -163,9 +163,8 @@ def test_a_grader_in_a_process_of_its_own_starts_the_bundle(empty, tmp_path):
     """It raises where its process does not come up, and a gold answer is 1 only if it has computed something."""
     rows = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(60)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = "print(limited(same_mathematics, '1/2', '0.5'), flush=True)\n"
-    text = (empty / "grpo.py").read_text().replace("    cli(main, Config)\n", f"    {told}    cli(main, Config)\n")
-    (tmp_path / "grpo.py").write_text(text)
+    told = "    print(limited(same_mathematics, '1/2', '0.5'), flush=True)\n"
+    (tmp_path / "grpo.py").write_text((empty / "grpo.py").read_text().replace("    cli(main", f"{told}    cli(main"))
     done = run(
         ["grpo.py", *flags("grpo", task="data.jsonl", steps=1, prompts_per_step=2, group_size=2, out="run")], tmp_path
     )
@@ -191,7 +190,7 @@ def test_what_is_not_in_a_bundle_is_said_in_a_line(found):
 def test_bundles_pass_the_repositorys_lint_and_hold_nothing_of_it(empty):
     settings = ["--config", ROOT / "pyproject.toml"]
     for command in (["check", "--output-format", "concise"], ["format", "--check"]):
-        done = subprocess.run([sys.executable, "-m", "ruff", *command, *settings, *sorted(empty.glob("*[!r].py"))],
+        done = subprocess.run([sys.executable, "-m", "ruff", *command, *settings, *sorted(empty.glob("*.py"))],
                               capture_output=True, text=True, check=False)  # fmt: skip
         assert done.returncode == 0, done.stdout[:2000]
     for method in METHODS:
