@@ -52,7 +52,7 @@ BRIEF = {"eval_every": 0, "eval_problems": 8, "eval_samples": 2}  # the page nee
 
 
 @dataclass
-class Page:
+class Config:
     html: str = "explain.html"  # the page to write
     at_step: int = 0  # 0 = the first step at which all parts of the method act, or the last that a run has stored
 
@@ -566,7 +566,7 @@ def load(source: Path) -> ModuleType:
     return module
 
 
-def main(config: Page, source: Path, module: ModuleType | None, command: str) -> None:
+def main(config: Config, source: Path, module: ModuleType | None, command: str) -> None:
     require(Path(config.html).absolute().parent.is_dir(), f"--html {config.html}: there is no such folder")
     if module:
         view, doc = VIEWS.get(source.stem, View()), module.__doc__ or source.name
@@ -582,14 +582,14 @@ def start() -> None:
     """The first argument is a file or a folder; behind it stand the file's own flags, and ours."""
     command = " ".join(["python scripts/explain.py", *sys.argv[1:]])
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        cli(lambda config: fail("name a method's file or a run's folder first, such as methods/grpo.py"), Page)
-    source, module, kind = Path(sys.argv.pop(1)), None, Page
+        cli(lambda config: fail("name a method's file or a run's folder first, such as methods/grpo.py"), Config)
+    source, module, kind = Path(sys.argv.pop(1)), None, Config
     if not source.is_dir():
         try:
             module = load(source)
         except UserError as error:
             fail(str(error))
-        kind = dataclass(type("Config", (Page, module.Config), {"__module__": module.__name__}))
+        kind = dataclass(type("Config", (Config, module.Config), {"__module__": module.__name__}))
         known = {each.name for each in dataclasses.fields(kind)}
         sys.argv[1:1] = [f"--{key.replace('_', '-')}={value}" for key, value in BRIEF.items() if key in known]
     cli(partial(main, source=source, module=module, command=command), kind, getattr(module, "PRESETS", None))

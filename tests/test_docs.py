@@ -30,13 +30,17 @@ FOREIGN = {  # pattern of a command that is not ours, and so neither checked nor
     r"^\w+=\S+$": "sets a variable",
     r"vllm serve |-m vllm\.entrypoints": "needs vLLM, which tests/test_vllm.py and test_servers.py use",
     r"^pip ": "installs",
+    r"^source ": "the shell's",
+    r"explain\.py runs/": "of a run's folder",
 }
 NOT_RUN = FOREIGN | {  # pattern of a command -> why test_commands_run leaves it out
     r"^bash ": "makes environments, runs all tests",
     r"\b[A-Z][A-Z_0-9]{2,}\b|\$M|--model M\b|\.\.\.": "names a model, a file or a run of the reader's",
     r"Qwen/|SmolLM2|gsm8k|get_smollm2\.py": "needs a model or a data set from elsewhere",
     r"torchrun|http://|--rollout vllm": "needs servers or several processes, which have tests of their own",
-    r"(reproduce|pretrain_tiny|compile_kernels|bench_\w+)\.py": "takes minutes to hours",
+    r"(reproduce|ablate|pretrain_tiny|compile_kernels|bench_\w+)\.py": "takes minutes to hours",
+    r"(explain|bundle)\.py": "runs with all methods in tests/test_explain.py and test_bundle.py",
+    r"(equations|pictures)\.py": "changes the checkout; tests compare its results with what is there",
 }
 SMALL = {"--steps": 1, "--prompts-per-step": 2, "--eval-problems": 2, "--eval-samples": 1, "--eval-every": 0}
 SMALLER = {"--cold-start-steps": 1, "--sft-steps": 1, "--recovery-probe": 2}  # where the command has them
@@ -92,7 +96,8 @@ def commands(section: Section) -> Iterator[str]:
 
 
 def script_of(words: list[str]) -> tuple[Path | None, list[str]]:
-    """The script of ours that a command runs, and what follows it."""
+    """The script of ours that a command runs, and what follows it; of explain.py the method, whose flags it takes."""
+    words = [word for word in words if not word.endswith("/explain.py")]
     for i, word in enumerate(words):
         if re.fullmatch(r"(methods/|scripts/)?\w+\.(py|sh)", word):
             return next((p for p in (ROOT / word, ROOT / "methods" / word) if p.is_file()), ROOT / word), words[i + 1 :]
@@ -169,12 +174,12 @@ def wrong_commands(section: Section) -> Iterator[str]:
         if script is None:
             known = any(re.search(pattern, command) for pattern in FOREIGN)
             yield from [] if known else [f"{command}: neither a script of ours nor a known program"]
-        elif not script.is_file():
+        elif not script.is_file() and not script.stem.isupper():  # METHOD.py
             yield f"{command}: there is no {script.name}"
         elif script in SCRIPTS and (said := complaint(script, *args)):
             yield f"{command}: {said}"
         elif script.name == "reproduce.py" and "--only" in args:
-            study = STUDIES[args[args.index("--study") + 1] if "--study" in args else "addition"]
+            study = STUDIES[args[args.index("--study") + 1] if "--study" in args else "methods"]
             arms = itertools.takewhile(lambda arm: not arm.startswith("--"), args[args.index("--only") + 1 :])
             yield from (f"{command}: no arm {arm!r}" for arm in arms if arm not in study)
 
