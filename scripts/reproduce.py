@@ -525,7 +525,7 @@ def main(config: Config) -> None:
     write_atomically(out / f"{config.study}.json", json.dumps(result | {"methods": methods}, indent=1) + "\n")
     if several:
         plot_methods(out / f"{config.study}.png", records)
-        write_atomically(out / f"{config.study}.md", markdown(methods, records))
+        write_atomically(out / f"{config.study}.txt", markdown(methods, records))
     else:
         title = f"{config.study}: mean ± deviation over seeds"
         plot(out / f"{config.study}.png", title, records, headline(arms[first][0]))

@@ -22,7 +22,7 @@ from posttrain.tests.pages import RESULTS, ROOT, Section, everything, sections_o
 # Tables of figures that nothing stored can be compared with: beginning of the header -> why
 UNSTORED_TABLES = {
     "| case | plain PyTorch": "milliseconds of one machine, printed by scripts/bench_kernels.py",
-    "| method | task | lines": "scripts/results/methods.md, as tests/test_reproduce.py checks",
+    "| method | task | lines": "scripts/results/methods.txt, as tests/test_reproduce.py checks",
     "| model, work | ours": "seconds of one machine, printed by scripts/bench_rollout.py",
     "| quartile of teacher perplexity": "printed by the command beside it, --recovery-probe",
 }

@@ -139,9 +139,9 @@ def test_the_stored_table_is_what_the_stored_runs_give(tmp_path):
     seeds = min(each["seeds"] for each in stored["methods"].values())
     reproduce.main(reproduce.Config(stored=True, seeds=seeds, out=str(tmp_path)))
     assert json.loads((tmp_path / "methods.json").read_text())["methods"] == stored["methods"]
-    table = (tmp_path / "methods.md").read_text()
+    table = (tmp_path / "methods.txt").read_text()
     assert table.count("\n") == 2 + len(reproduce.AGAINST)
-    assert table == (RUNS.parent / "methods.md").read_text() and table in (ROOT / "README.md").read_text()
+    assert table == (RUNS.parent / "methods.txt").read_text() and table in (ROOT / "README.md").read_text()
 
 
 # --- ablate
