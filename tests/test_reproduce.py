@@ -132,7 +132,6 @@ def test_a_study_from_its_runs_and_the_same_from_the_stored_ones(records, folder
         reproduce.main(reproduce.Config(stored=True, **given | {"seeds": 3}))
 
 
-@pytest.mark.skipif(not RUNS.exists(), reason="no stored runs")
 def test_the_stored_table_is_what_the_stored_runs_give(tmp_path):
     stored = json.loads((RUNS.parent / "methods.json").read_text())
     shutil.copytree(RUNS, tmp_path / "runs")
