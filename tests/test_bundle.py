@@ -23,13 +23,9 @@ from posttrain.scripts import bundle
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = sorted(path.stem for path in (ROOT / "methods").glob("*.py") if path.stem != "posttrain")
 SMALL = {
-    "steps": 2,
-    "prompts_per_step": 4,
-    "group_size": 4,
-    "eval_problems": 8,
-    "eval_samples": 2,
+    "steps": 2, "prompts_per_step": 4, "group_size": 4, "eval_problems": 8, "eval_samples": 2, "eval_every": 1,
     "schedule": "constant",
-}
+}  # fmt: skip
 LEFT = ("common/engines/server.py", "common/engines/teacher.py", "common/families/sokoban.py")
 DRIVER = '''
 import contextlib, importlib.util, io, json, os, runpy, sys, traceback
