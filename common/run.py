@@ -105,7 +105,8 @@ class Run:
         if step > self.saved and updates == self.updates():
             distributed.reshard()
             self.save(step, **self.parts | state)
-        self.console.print(f"--resume --out {self.folder} goes on from step {self.saved}")
+        if self.first:
+            print(f"--resume --out {self.folder} goes on from step {self.saved}")  # unwrapped, to be copied
 
     def updates(self) -> int:
         optimizer = next(part for part in self.parts.values() if hasattr(part, "skipped"))
