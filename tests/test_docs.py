@@ -185,11 +185,11 @@ def wrong_commands(section: Section) -> Iterator[str]:
 
 
 def to_run(sections: list[Section]) -> list[str]:
-    """Commands that no reason excuses, one for each script, preset and mode."""
+    """Commands that no reason excuses, one for each script, preset and mode, and those whose folder others may read."""
     chosen = {}
     for command in itertools.chain(*map(commands, sections)):
         script, args = script_of(shlex.split(command))
-        which = [args[i + 1] for i, arg in enumerate(args) if arg in ("--preset", "--mode")]
+        which = [args[i + 1] for i, arg in enumerate(args) if arg in ("--preset", "--mode", "--out")]
         if not any(re.search(pattern, command) for pattern in NOT_RUN):
             chosen.setdefault((script, *which), command)
     return list(chosen.values())
