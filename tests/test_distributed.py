@@ -87,7 +87,7 @@ def lines(out: Path) -> list[dict]:
 
 
 def same_results(a: Path, b: Path, skip: tuple = ()) -> None:
-    """Metrics and final weights, to 1e-5."""
+    """Metrics to 1e-5; final weights, which move by 1e-5 to 1e-3, to 1e-7."""
     for x, y in zip(lines(a), lines(b), strict=True):
         x, y = ({key: value for key, value in line.items() if not key.startswith(skip)} for line in (x, y))
         assert x.keys() == y.keys()
@@ -99,7 +99,7 @@ def same_results(a: Path, b: Path, skip: tuple = ()) -> None:
     x, y = (load_file(out / "model" / "model.safetensors") for out in (a, b))
     assert x.keys() == y.keys()
     for key in x:
-        torch.testing.assert_close(x[key], y[key], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(x[key], y[key], atol=1e-7, rtol=1e-6)
 
 
 def same(a: Path, b: Path) -> None:
