@@ -3,7 +3,7 @@
 Each run is a process of its own with a folder of its own under --out: a stopped call goes on where it was, and a grid
 that grows later trains only what is new, as long as the method's file stays as it was. All combinations are checked
 before the first run starts: a wrong flag or value ends the call, and those that the method's own check refuses are left
-out, one line each. Differences are to the first combination, seed by seed, with a bootstrap interval (see reproduce.py).
+out, a line each. Differences are to the first combination, seed by seed, with a bootstrap interval (reproduce.py's).
 
 Run: python scripts/ablate.py methods/scope_opd.py --grid tau=0.5,1,2 weighting=perplexity,none --seeds 3
      python scripts/ablate.py methods/opd.py --grid est=full,k1_pg lr=3e-4,5e-4 --fixed steps=80 --seeds 5
