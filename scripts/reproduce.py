@@ -1,9 +1,9 @@
 """Methods against each other on the embedded default, with several seeds; the stored results come from here.
 
 Each run is a process of its own with a run folder of its own, so that a stopped call goes on where it was and studies
-share their runs. What a run measured is kept as one JSON (OUT/runs/ARM-SEED.json: command, versions, commit, end
-values, curve); table, study JSON and plot are made from these and nothing else, with --stored without any training.
-Nothing stored in the repository changes unless --out says scripts/results.
+share their runs. What a run measured is kept as one JSON as soon as it is done (OUT/runs/ARM-SEED.json: command,
+versions, commit, end values, curve); table, study JSON and plot are made from these and nothing else, with --stored
+without any training. Nothing stored in the repository changes unless --out says scripts/results.
 
 Run: python scripts/reproduce.py                              all ten methods and their baselines, five seeds
      python scripts/reproduce.py --only opd scope --seeds 2   two of its rows and what they are compared with
@@ -295,10 +295,8 @@ def parts_of(out: Path, script: str) -> tuple[dict, dict, list[dict]]:
     """A complete run's summary, config and lines of metrics."""
     mend = f"delete {out}, and the same command makes its run again"
     keys = ("task", "method", "steps", "seconds", "after", "accuracy_before", "accuracy_teacher")
-    [summary], [config] = (
-        read(out / "summary.json", keys, mend),
-        read(out / "config.json", ("flags", "versions"), mend),
-    )
+    [summary] = read(out / "summary.json", keys, mend)
+    [config] = read(out / "config.json", ("flags", "versions"), mend)
     lines = read(out / "metrics.jsonl", ("step",), mend)
     whole = len(lines) > 1 and lines[-1]["step"] == summary["steps"] and headline(script) in lines[-1]
     require(whole, f"{out / 'metrics.jsonl'} does not end with the last step's {headline(script)}: {mend}")
