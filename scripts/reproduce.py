@@ -1,9 +1,9 @@
 """Methods against each other on the embedded default, with several seeds; the stored results come from here.
 
 Each run is a process of its own with a run folder of its own, so that a stopped call goes on where it was and studies
-share their runs. What a run measured is kept as one JSON (OUT/runs/ARM-SEED.json: command, versions, commit, end
-values, curve); table, study JSON and plot are made from these and nothing else, with --stored without any training.
-Nothing stored in the repository changes unless --out says scripts/results.
+share their runs. What a run measured is kept as one JSON as soon as it is done (OUT/runs/ARM-SEED.json: command,
+versions, commit, end values, curve); table, study JSON and plot are made from these and nothing else, with --stored
+without any training. Nothing stored in the repository changes unless --out says scripts/results.
 
 Run: python scripts/reproduce.py                              all ten methods and their baselines, five seeds
      python scripts/reproduce.py --only opd scope --seeds 2   two of its rows and what they are compared with
@@ -12,11 +12,13 @@ Run: python scripts/reproduce.py                              all ten methods an
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +28,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from posttrain.common.cli import UserError, cli, require
+from posttrain.common.cli import UserError, cli, first_line, require
 from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import load_model, load_tokenizer
 from posttrain.common.rollout import Sampling
@@ -229,6 +231,7 @@ AGAINST = {
 COMMANDS = {arm: command for arms in STUDIES.values() for arm, command in arms.items()}
 IN_METHODS = [name for arm, others in AGAINST.items() for name in (arm, *others) if name != "before"]
 STUDIES["methods"] = {arm: COMMANDS[arm] for arm in dict.fromkeys(IN_METHODS)}
+RECORD = ("task", "command", "versions", "seconds", "before", "after", "mean over steps", "curve")  # at least
 HEADLINES = {"skill_sd.py": "skill/train_success"}  # what curves, differences and target speak of, else eval/accuracy
 EVERY = {"skill_sd.py": 20, "pi_distill.py": 20, "rltf.py": 25, "sod.py": 50, "sinkd.py": 78, "cot2.py": 410}  # else 40
 
@@ -257,20 +260,73 @@ def run(arm: str, command: list[str], seed: int, every: int, folder: str) -> Pat
     """One training run, skipped if it is complete and continued if it was stopped. -> its folder"""
     out = Path(folder) / f"{arm}-{seed}"
     if not (out / "summary.json").exists():
-        script, *flags = (part.format(folder=folder, seed=seed) for part in command)
+        script, *flags = (part.replace("{folder}", folder).replace("{seed}", str(seed)) for part in command)
         missing = [part for part in flags if part.startswith(f"{folder}/") and not Path(part).exists()]
         require(not missing, f"{arm} goes on from {missing[:1]}: run the study that makes it with as many seeds first")
         flags += ["--seed", str(seed), "--eval-every", str(every), "--out", str(out)]
         flags += ["--resume"] if (out / "config.json").exists() else []
-        done = subprocess.run([sys.executable, str(METHODS / script), *flags], capture_output=True, text=True)
-        require(done.returncode == 0, f"{arm} with seed {seed} failed: {done.stderr.strip()[-300:]}")
+        path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(METHODS))))  # a script may lie anywhere
+        done = subprocess.run([sys.executable, str(METHODS / script), *flags], capture_output=True, text=True,
+                              env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+        require(done.returncode == 0, f"{arm} with seed {seed} failed: {cause(done.stderr, done.returncode)}")
     return out
+
+
+def cause(stderr: str, code: int) -> str:
+    """The line that says why a run failed, its middle left out if it is very long."""
+    lines = stderr.strip().splitlines() or [f"exit code {code}"]
+    line = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
+    return line if len(line) <= 1000 else f"{line[:500]} ... {line[-500:]}"
+
+
+def read(path: Path, keys: tuple[str, ...], mend: str) -> list[dict]:
+    """The object of a JSON file, or one for each line of a .jsonl, all with these keys."""
+    try:
+        text = path.read_text()
+        found = [json.loads(part) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+        missing = [key for each in found for key in keys if key not in dict(each)]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): {mend}") from None
+    require(not missing, f"{path} is damaged (it lacks {missing[:1]}): {mend}")
+    return found
+
+
+def parts_of(out: Path, script: str) -> tuple[dict, dict, list[dict]]:
+    """A complete run's summary, config and lines of metrics."""
+    mend = f"delete {out}, and the same command makes its run again"
+    keys = ("task", "method", "steps", "seconds", "after", "accuracy_before", "accuracy_teacher")
+    [summary] = read(out / "summary.json", keys, mend)
+    [config] = read(out / "config.json", ("flags", "versions"), mend)
+    lines = read(out / "metrics.jsonl", ("step",), mend)
+    whole = len(lines) > 1 and lines[-1]["step"] == summary["steps"] and headline(script) in lines[-1]
+    require(whole, f"{out / 'metrics.jsonl'} does not end with the last step's {headline(script)}: {mend}")
+    return summary, config, lines
+
+
+def made(folder: Path, flag: str) -> Path:
+    """The folder, there to be written before anything is trained for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--{flag}: the folder {folder} cannot be made ({error.strerror}); choose another") from None
+    require(os.access(folder, os.W_OK), f"--{flag}: the folder {folder} cannot be written; choose another")
+    return folder
+
+
+def check_held(arm: str, command: list[str], seed: int, every: int, folder: str) -> None:
+    """Refuse a folder that holds a damaged run, or one whose curve has its points elsewhere than the others' will."""
+    out = Path(folder) / f"{arm}-{seed}"
+    if (out / "summary.json").exists():
+        parts_of(out, command[0])
+    if (out / "config.json").exists():
+        [config] = read(out / "config.json", ("flags",), f"delete {out}, and its run begins anew")
+        had = config["flags"].get("eval_every")
+        require(had == every, f"{out} was made with --eval-every {had}, not {every}: give that, or delete the folder")
 
 
 def record(out: Path, arm: str, command: list[str], seed: int, every: int) -> dict:
     """What is kept of a run."""
-    summary, config = (json.loads((out / f"{name}.json").read_text()) for name in ("summary", "config"))
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    summary, config, lines = parts_of(out, command[0])
     last = {key: summary["after"][key] for key in EVAL_KEYS if key in summary["after"]}
     last |= {key: lines[-1][key] for key in sorted(lines[0].keys() & lines[-1].keys() - last.keys() - {"step"})}
     last |= {key: value for key, value in lines[-1].items() if key.endswith("/tokens")}  # running totals
@@ -288,19 +344,25 @@ def record(out: Path, arm: str, command: list[str], seed: int, every: int) -> di
     return found | {"curve": [[line["step"], line[headline(script)]] for line in points]}
 
 
-def run_all(arms: dict[str, list[str]], seeds: int, jobs: int, every: int, folder: str, console: Console) -> dict:
-    """All arms with all seeds, seed by seed, under a progress bar. -> arm: its records by seed"""
+def run_all(arms: dict[str, list[str]], seeds: int, jobs: int, every: int, folder: str, console: Console,
+            keep: Callable[[dict], None] = lambda record: None) -> dict[str, list[dict]]:  # fmt: skip
+    """All arms with all seeds, seed by seed, under a progress bar. keep is given each run's record as soon as the run
+    is done. -> arm: its records by seed"""
     pairs = [(arm, arms[arm], seed, every or EVERY.get(arms[arm][0], 40)) for seed in range(seeds) for arm in arms]
-    pool, found = ThreadPoolExecutor(jobs), {arm: [] for arm in arms}
-    started = [pool.submit(run, *pair, folder) for pair in pairs]
+    for pair in pairs:  # before any trains
+        check_held(*pair, folder)
+    pool, found = ThreadPoolExecutor(jobs), {}
+    started = {pool.submit(run, *pair, folder): pair for pair in pairs}
     try:
-        for pair, job in track(list(zip(pairs, started, strict=True)), "runs", console=console):
-            found[pair[0]].append(record(job.result(), *pair))
+        for job in track(as_completed(started), "runs", len(pairs), console=console):
+            arm, _, seed, _ = pair = started[job]
+            found[arm, seed] = record(job.result(), *pair)
+            keep(found[arm, seed])
     except KeyboardInterrupt:
         raise UserError("stopped; the same command goes on where it was") from None
     finally:
         pool.shutdown(cancel_futures=True)
-    return found
+    return {arm: [found[arm, seed] for seed in range(seeds)] for arm in arms}
 
 
 def diversity(model: str, task_name: str) -> dict[str, float]:
@@ -379,10 +441,11 @@ def summary_of(records: list[dict], target: float) -> dict:
 
 
 def curves(axis, records: dict[str, list[dict]], label: str) -> None:
-    """The headline over the steps: each arm's mean, and one standard deviation around it."""
+    """The headline over the steps that all seeds have: each arm's mean, and one standard deviation around it."""
     for i, (arm, runs) in enumerate(records.items()):
-        steps = [step for step, _ in runs[0]["curve"]]
-        values = [[value for _, value in at_step] for at_step in zip(*(r["curve"] for r in runs), strict=True)]
+        points = [dict(run["curve"]) for run in runs]
+        steps = [step for step in points[0] if all(step in each for each in points)]
+        values = [[each[step] for each in points] for step in steps]
         means, spreads = [statistics.mean(v) for v in values], [spread(v) for v in values]
         axis.plot(steps, means, color=f"C{i}", linestyle="-" if i < 10 else "--", label=arm)
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
@@ -490,6 +553,7 @@ def markdown(methods: dict[str, dict], records: dict[str, list[dict]]) -> str:
 
 def main(config: Config) -> None:
     arms, out = STUDIES[config.study], Path(config.out)
+    require(min(config.seeds, config.jobs) > 0, "--seeds and --jobs must be at least 1")
     unknown = [arm for arm in config.only if arm not in arms]
     require(not unknown, f"--only {unknown} is not known; choose from {', '.join(arms)}")
     wanted = {name for arm in config.only for name in (arm, *AGAINST.get(arm, []))} or set(arms)
@@ -497,17 +561,19 @@ def main(config: Config) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     torch.set_num_threads(1)
     kept = {(arm, seed): out / "runs" / f"{arm}-{seed}.json" for arm in arms for seed in range(config.seeds)}
+
+    def keep(record: dict) -> None:
+        lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items())
+        write_atomically(kept[record["arm"], record["seed"]], "{\n" + ",\n".join(lines) + "\n}\n")
+
     if config.stored:
         missing = [path.name for path in kept.values() if not path.exists()]
         require(not missing, f"{out / 'runs'} lacks {', '.join(missing[:3])}: run without --stored to make them")
-        stored = {pair: json.loads(path.read_text()) for pair, path in kept.items()}
-        records = {arm: [stored[arm, seed] for seed in range(config.seeds)] for arm in arms}
+        mend = "delete it, and run without --stored to make it again"
+        records = {arm: [read(kept[arm, n], RECORD, mend)[0] for n in range(config.seeds)] for arm in arms}
     else:
-        records = run_all(arms, config.seeds, config.jobs, config.eval_every, config.folder, console)
-        (out / "runs").mkdir(parents=True, exist_ok=True)
-        for (arm, seed), path in kept.items():
-            lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in records[arm][seed].items())
-            write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
+        made(out / "runs", "out")
+        records = run_all(arms, config.seeds, config.jobs, config.eval_every, config.folder, console, keep)
 
     methods, first = {}, next(iter(arms))
     for arm in arms:

@@ -19,7 +19,7 @@ from types import ModuleType
 import pytest
 
 from posttrain.common.cli import UserError, check_ranges, parse
-from posttrain.scripts import equations
+from posttrain.scripts import ablate, equations
 from posttrain.scripts.reproduce import STUDIES
 from posttrain.tests.pages import FENCE, ROOT, Section, everything, sections_of
 
@@ -118,7 +118,8 @@ def flags_of(script: Path) -> set[str]:
 
 @functools.cache
 def complaint(script: Path, *args: str, alone: bool = False) -> str:
-    """What the script's own parser says against these flags, without running it; alone: without required ones."""
+    """What the script's own parser, and ablate.py's of its grid, says against these flags, without running anything;
+    alone: without required ones."""
     said, argv, config = io.StringIO(), sys.argv, module(script).Config
     missing = [field for field in dataclasses.fields(config)
                if alone and field.default is field.default_factory is dataclasses.MISSING]  # fmt: skip
@@ -126,7 +127,10 @@ def complaint(script: Path, *args: str, alone: bool = False) -> str:
     try:
         sys.argv = [str(script), *(flag for flag in others if flag.split("=")[0] not in args), *args]
         with contextlib.redirect_stderr(said):
-            check_ranges(parse(config, getattr(module(script), "PRESETS", {})))
+            parsed = parse(config, getattr(module(script), "PRESETS", {}))
+            check_ranges(parsed)
+            if script.stem == "ablate" and not alone and "METHOD" not in parsed.method:
+                ablate.plan(dataclasses.replace(parsed, method=str(ROOT / parsed.method)))
     except UserError as error:
         return str(error)
     except SystemExit:
@@ -246,10 +250,11 @@ def test_wrong_links_commands_and_flags_are_found():
     page = ROOT / "README.md"
     text = "## OPD: here\n[a](nowhere.py) [b](#opd-there) [c](methods/opd.py#L9999) `--kappa 1` `--est full, k9`\n"
     text += "`python methods/opd.py --est k9` `python methods/none.py` `python scripts/reproduce.py --only nobody`\n"
+    text += "`python scripts/ablate.py methods/opd.py --grid est=full,k9`\n"
     text += "```bash\nbash scripts/none.sh   # `--est k9`\nmake all\n```\n"
     section = sections_of(page, text)[-1]
     assert method_of(section) == "opd" and len(broken_links(page, text)) == 3
-    assert len(list(wrong_commands(section))) == 5 and len(list(wrong_flags(section))) == 2
+    assert len(list(wrong_commands(section))) == 6 and len(list(wrong_flags(section))) == 2
 
 
 def test_commands_run(tmp_path):
