@@ -15,7 +15,9 @@ Run: python scripts/balance_difficulty.py --model arithmetic-student --task arit
 """
 
 import json
+import os
 import random
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +86,11 @@ def main(config: Config) -> None:
     require(config.temperature > 0, "--temperature must be above 0: greedy answers are all equal")
     require(config.cap >= 1, "--cap is a number of copies: it must be at least 1")
     require(config.samples > 1, "--samples must be at least 2: one answer makes no middle bin")
+    require(not os.path.lexists(config.out), f"{config.out} exists; choose another --out")
+    try:
+        tempfile.TemporaryFile(dir=Path(config.out).parent).close()  # rather now than after all the sampling
+    except OSError as error:
+        raise UserError(f"cannot write {config.out} ({error.strerror}); choose another --out") from None
     device = prepare(config)
     task = make_task(config.task, config.prompt_column, config.answer_column)
     reward = make_reward(config.reward, task)
