@@ -43,7 +43,7 @@ class Config:
     prompt_column: str = "prompt"  # of a file or datasets name
     answer_column: str = "answer"  # of a file or datasets name
     domain_column: str = "domain"  # data column that names each problem's domain
-    out: str = "balanced.jsonl"  # file to write, a problem a line with all its columns and its bin as `correct`
+    out: str = "balanced.jsonl"  # new file to write, a problem a line with all its columns and its bin as `correct`
     action: Literal["upsample", "drop_easy", "drop_hard", "none"] = "upsample"  # drop_*: remove bin N or bin 0 instead
     shape: Literal["auto", "U", "J"] = "auto"  # of the distribution over bins
     cap: float = 8.0  # most copies of a problem

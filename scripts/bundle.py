@@ -46,7 +46,7 @@ CHARS = 10_000  # of a line of a tiny model: editors are slow with lines of a mi
 @dataclass
 class Config:
     method: tyro.conf.Positional[str]  # a file of methods/, or your copy of one
-    out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""  # file to write; empty = the method's name, here
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""  # new file to write; empty = the method's name, here
     tiny: bool = True  # append the built-in models that the method names, so that it runs without flags
     leave_out: tuple[str, ...] = ()  # files of common/ to do without; a flag that needs one will say so
 

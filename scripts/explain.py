@@ -55,7 +55,7 @@ BRIEF = {"eval_every": 0, "eval_problems": 8, "eval_samples": 2}  # the page nee
 
 @dataclass
 class Config:
-    html: str = "explain.html"  # the page to write
+    html: str = "explain.html"  # the page to write; it replaces nothing but another page of this script
     at_step: int = 0  # 0 = the first step at which all parts of the method act, or the last that a run has stored
 
 
