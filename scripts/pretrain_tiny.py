@@ -107,7 +107,7 @@ class Config:
     out: str = str(TINY)  # folder that receives one folder a model
     save_every: int = 100  # steps between checkpoints
     resume: bool = False  # go on from the last checkpoint
-    max_steps: int = 0  # stop every recipe after so many steps, to try things out in another folder; 0 = the recipe's own
+    max_steps: int = 0  # stop every recipe after so many steps, to try things out elsewhere; 0 = the recipe's own
     problems: int = 256  # held-out problems of the measurement, 8 samples each
 
 
