@@ -15,7 +15,9 @@ Run: python scripts/balance_difficulty.py --model arithmetic-student --task arit
 """
 
 import json
+import os
 import random
+import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +43,7 @@ class Config:
     prompt_column: str = "prompt"  # of a file or datasets name
     answer_column: str = "answer"  # of a file or datasets name
     domain_column: str = "domain"  # data column that names each problem's domain
-    out: str = "balanced.jsonl"  # file to write, a problem a line with all its columns and its bin as `correct`
+    out: str = "balanced.jsonl"  # new file to write, a problem a line with all its columns and its bin as `correct`
     action: Literal["upsample", "drop_easy", "drop_hard", "none"] = "upsample"  # drop_*: remove bin N or bin 0 instead
     shape: Literal["auto", "U", "J"] = "auto"  # of the distribution over bins
     cap: float = 8.0  # most copies of a problem
@@ -84,6 +86,11 @@ def main(config: Config) -> None:
     require(config.temperature > 0, "--temperature must be above 0: greedy answers are all equal")
     require(config.cap >= 1, "--cap is a number of copies: it must be at least 1")
     require(config.samples > 1, "--samples must be at least 2: one answer makes no middle bin")
+    require(not os.path.lexists(config.out), f"{config.out} exists; choose another --out")
+    try:
+        tempfile.TemporaryFile(dir=Path(config.out).parent).close()  # rather now than after all the sampling
+    except OSError as error:
+        raise UserError(f"cannot write {config.out} ({error.strerror}); choose another --out") from None
     device = prepare(config)
     task = make_task(config.task, config.prompt_column, config.answer_column)
     reward = make_reward(config.reward, task)

@@ -19,6 +19,7 @@ import builtins
 import dis
 import importlib
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ from typing import Annotated, NamedTuple
 
 import tyro
 
-from posttrain.common.cli import UserError, cli, require
+from posttrain.common.cli import UserError, cli, first_line, require
 
 ROOT = Path(__file__).resolve().parents[1]
 CHARS = 10_000  # of a line of a tiny model: editors are slow with lines of a million
@@ -45,7 +46,7 @@ CHARS = 10_000  # of a line of a tiny model: editors are slow with lines of a mi
 @dataclass
 class Config:
     method: tyro.conf.Positional[str]  # a file of methods/, or your copy of one
-    out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""  # file to write; empty = the method's name, here
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"])] = ""  # new file to write; empty = the method's name, here
     tiny: bool = True  # append the built-in models that the method names, so that it runs without flags
     leave_out: tuple[str, ...] = ()  # files of common/ to do without; a flag that needs one will say so
 
@@ -165,6 +166,16 @@ def rewrites() -> dict[str, list[tuple[str, str]]]:
 # --- what statements use
 
 
+def read(path: Path) -> str:
+    """Its text, if that is Python."""
+    try:
+        text = path.read_text("utf-8")
+        compile(text, path.name, "exec", dont_inherit=True)
+    except (OSError, SyntaxError, ValueError) as error:  # ValueError: not UTF-8, or a zero byte
+        raise UserError(f"{path} cannot be read as Python: {first_line(error)}; mend it") from None
+    return text
+
+
 class Symbol(NamedTuple):
     """What a name means: a name of one of our files, or ("", what) of a package."""
 
@@ -206,7 +217,7 @@ class File:
     """A file of ours: its statements, what they use, and what the names in it mean."""
 
     def __init__(self, path: Path, name: str):
-        self.name, self.ours, self.packages, text = name, {}, defaultdict(list), path.read_text()
+        self.name, self.ours, self.packages, text = name, {}, defaultdict(list), read(path)
         self.early, self.late = {}, {}  # our files that it imports, at its top and within functions
         for old, new in rewrites()[name]:
             require(
@@ -233,21 +244,27 @@ class File:
         """The text without imports of ours in functions: in a bundle all names are at hand."""
         lines = text.splitlines(True)
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.col_offset and node.module.startswith("posttrain."):
+            inner = isinstance(node, ast.ImportFrom) and node.col_offset
+            if inner and (node.level or re.match(r"posttrain\b", node.module)):
                 self.read_import(node, self.late)
                 end = node.end_lineno + (not lines[node.end_lineno].strip())
                 lines[node.lineno - 1 : end] = [""] * (end - node.lineno + 1)
         return "".join(lines)
 
     def read_import(self, node: ast.Import | ast.ImportFrom, files: dict) -> None:
-        of = getattr(node, "module", "")
+        of, place = getattr(node, "module", "") or "", f"{self.name}.py, line {node.lineno}"
+        form = f"{place}: a bundle can follow `from posttrain.common.FILE import NAME` alone; write it so"
         for alias in node.names:
             name, whole = alias.asname or alias.name, f"{of}.{alias.name}".strip(".")
             if of.startswith("posttrain."):
                 folder, file = (x.removeprefix("posttrain.").replace(".", "/") for x in (of, whole))
                 self.ours[name] = Symbol(file, "") if (ROOT / f"{file}.py").is_file() else Symbol(folder, alias.name)
+                file = f"{self.ours[name].file}.py"
+                require((ROOT / file).is_file(), f"{place}: there is no {file}; import what is in common/ or kernels/")
+                require(name != "*", form)
                 files[self.ours[name].file] = None
             else:
+                require(whole.partition(".")[0] != "posttrain" and not getattr(node, "level", 0), form)
                 top = name if of or alias.asname else name.partition(".")[0]
                 beside = b"" if of else self.lines[node.lineno - 1].partition(b"  #")[2]
                 self.packages[top].append((whole if top == name else top, (of, alias.name), beside.decode()))
@@ -291,7 +308,7 @@ class File:
         symbol = self.meaning(name)
         if symbol and not symbol.name:  # one of our files
             symbol, name = load(symbol.file).meaning(attribute), f"{name}.{attribute}"
-            assert symbol, f"{self.name}.py, line {line}: {name}"
+            require(symbol, f"{self.name}.py, line {line + 1}: there is no {name}")
         if symbol:
             yield Use(line, byte, name, symbol, eager)
 
@@ -301,7 +318,9 @@ class File:
             return Symbol(self.name, name)
         if name in self.ours:
             file, inner = self.ours[name]
-            return load(file).meaning(inner) if inner else Symbol(file, "")
+            found = load(file).meaning(inner) if inner else Symbol(file, "")
+            require(found, f"{self.name}.py imports {inner} of {file}.py, where there is none; mend that import")
+            return found
         return Symbol("", self.packages[name][0][0]) if name in self.packages else None
 
 
@@ -468,21 +487,24 @@ def models(file: File) -> str:
 def main(config: Config) -> None:
     path, stay = Path(config.method), [name.removesuffix(".py") for name in config.leave_out]
     out = Path(config.out or path.name)
-    text = path.read_text() if path.suffix == ".py" and path.is_file() else ""
+    text = read(path) if path.suffix == ".py" and path.is_file() else ""
     ours = all(
         re.search(part, text, re.M)
         for part in (r"^from posttrain.common.run import .*\bRun\b", "^class Config:", "^if __name__")
     )
     require(ours, f"{config.method!r} is no method's file: give one of methods/, or a copy of one")
     require(out.resolve() != path.resolve(), f"{out} is the method itself: name another file by -o")
+    require(not os.path.lexists(out), f"{out} exists: name another file by -o, or remove it first")
     for name in stay:
         require((ROOT / f"{name}.py").is_file(), f"--leave-out {name}: no such file; one is common/engines/local.py")
     name = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else Path(path.name)
     bundle = Bundle(File(path, str(name.with_suffix(""))), stay)
     text = ruff(ruff(code(bundle), "check", "--quiet", "--fix", "--select", "I"), "format")
     text = head(bundle, text, config) + text + models(bundle.method) * config.tiny
+    partial = out.with_name(f"{out.name}.partial")
     try:
-        out.write_text(text, "utf-8")
+        partial.write_text(text, "utf-8")
+        partial.replace(out)  # never half a file
     except OSError as error:
         raise UserError(f"cannot write {out} ({error.strerror}): name another file by -o") from None
     print(f"{out}: {len(text.splitlines()):,} lines, {len(text) / 2**20:.1f} MB")

@@ -21,7 +21,7 @@ import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import UserError, cli, first_line, require
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("methods", "common", "kernels", "scripts", "tests")
@@ -46,6 +46,15 @@ class Equation:
 def documents() -> list[Path]:
     """All Markdown files of the checkout, whether git knows them or not."""
     return sorted([*ROOT.glob("*.md"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.md"))])
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}): mend it, or take it out of the checkout"
+        ) from None
 
 
 def named(text: str) -> set[int]:
@@ -79,9 +88,12 @@ def numbered(docstring: str) -> dict[int, Equation]:
 
 def read(name: str) -> dict[int, Equation]:
     """The equations of methods/NAME.py with the places of their code."""
-    source = (ROOT / "methods" / f"{name}.py").read_text()
-    tree = ast.parse(source)
-    equations = numbered(ast.get_docstring(tree))
+    source = text_of(ROOT / "methods" / f"{name}.py")
+    try:
+        tree = ast.parse(source)
+    except SyntaxError as error:
+        raise UserError(f"methods/{name}.py is not Python: {error.msg}, line {error.lineno}; mend it") from None
+    equations = numbered(ast.get_docstring(tree) or "")
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
     settings = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config")
     flags = {node.lineno: node.target.id for node in settings.body if isinstance(node, ast.AnnAssign)}
@@ -139,11 +151,11 @@ def renewed(page: Path, text: str) -> tuple[str, list[str]]:
 def main(config: Config) -> None:
     every = []
     for page in documents():
-        text = page.read_text()
+        text = text_of(page)
         new, stale = renewed(page, text)
         every += stale
         if stale and not config.check:
-            page.write_text(new)
+            page.write_text(new, "utf-8")
     for line in every:
         print(f"{line} {'is stale: run python scripts/equations.py' if config.check else 'written'}")
     sys.exit(bool(every) and config.check)

@@ -23,6 +23,7 @@ import importlib.util
 import io
 import json
 import math
+import os
 import sys
 import tempfile
 from collections import defaultdict
@@ -47,13 +48,14 @@ from posttrain.common.run import Run, write_atomically
 from posttrain.common.tasks import CORRECT, Example, text_of
 
 TEMPLATE = Path(__file__).resolve().with_suffix(".jinja")
+MARK = b'<meta name="generator" content="posttrain scripts/explain.py">'  # of the template: a page of ours
 LEAD, TOKENS, CELLS = 6, 8000, 48  # prompts that come first; tokens on the page, about; lines of a heat map
 BRIEF = {"eval_every": 0, "eval_problems": 8, "eval_samples": 2}  # the page needs no evaluation
 
 
 @dataclass
 class Config:
-    html: str = "explain.html"  # the page to write
+    html: str = "explain.html"  # the page to write; it replaces nothing but another page of this script
     at_step: int = 0  # 0 = the first step at which all parts of the method act, or the last that a run has stored
 
 
@@ -149,17 +151,41 @@ def watch(module: ModuleType, config: Any, step: int) -> Scene:
     return scene
 
 
+def read(path: Path, kind: str) -> list[dict]:
+    """The whole file, or its lines, as JSON objects that have a key `kind`."""
+    try:
+        text = path.read_text()
+        lines = text[: text.rfind("\n") + 1].splitlines() if path.suffix == ".jsonl" else [text]  # a kill cuts the last
+        out = list(map(json.loads, lines))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): mend it, or name another run's folder") from None
+    wrong = next((i for i, each in enumerate(out, 1) if not isinstance(each, dict) or kind not in each), 0)
+    require(not wrong, f"{path} is not a run's: line {wrong} has no {kind!r}; name another run's folder")
+    return out
+
+
 def stored(folder: Path, step: int) -> Scene:
     """The samples of a run's step as a scene; step 0 = the last."""
-    there = (folder / "samples.jsonl").is_file() and (folder / "config.json").is_file()
-    require(there, f"{folder} is no run's folder: it lacks samples.jsonl or config.json")
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    missing = [name for name in ("samples.jsonl", "metrics.jsonl", "config.json") if not (folder / name).is_file()]
+    require(not missing, f"{folder} is no run's folder: it lacks {' and '.join(missing)}")
+    rows, lines = read(folder / "samples.jsonl", "step"), read(folder / "metrics.jsonl", "step")
+    require(rows, f"{folder}/samples.jsonl has no sample yet: let the run do a step first")
     rows = [row for row in rows if "ids" in row]
     require(rows, f"the samples of {folder} have no values for each token: this method does not write them")
     step = step or rows[-1]["step"]
-    rows = [row for row in rows if row["step"] == step]
-    require(rows, f"{folder} has no samples of step {step}")
-    flags = json.loads((folder / "config.json").read_text())["flags"]
+    rows, lines = ([each for each in part if each["step"] == step] for part in (rows, lines))
+    for part, name in ((rows, "samples"), (lines, "metrics")):
+        require(part, f"{folder} has no {name} of step {step}: choose another by --at-step")
+    flags = read(folder / "config.json", "flags")[0]["flags"]
+    try:
+        return shown_again(rows, lines[0], flags)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{folder} is not as a run of this version writes it ({what}): run it again") from None
+
+
+def shown_again(rows: list[dict], metrics: dict, flags: dict) -> Scene:
+    """Stored samples of one step, back as what run.log was given."""
     parts, tokenizer, signals = {"prompts": [], "responses": [], "turns": []}, load_tokenizer(flags["model"]), {}
     for row in rows:
         start = next((t for t, turn in enumerate(row["turn"]) if turn >= 0), len(row["ids"]))
@@ -174,10 +200,8 @@ def stored(folder: Path, step: int) -> Scene:
     parts |= {"texts": signals["text"], "examples": [Example(row["prompt"], "") for row in rows]}
     rollout = assemble(**parts, pad=tokenizer.pad_token_id, reward=torch.tensor(signals["reward"]))
     left = {"step", "prompt", "text", "reward", "ids", "turn", "episode"}
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    metrics = next(line for line in lines if line["step"] == step)
     shown = {"rollout": rollout, "signals": {k: x for k, x in signals.items() if k not in left}, "metrics": metrics}
-    return Scene(**shown, kept_by=Kept(), step=step, tokenizer=tokenizer, config=Scene(**flags))
+    return Scene(**shown, kept_by=Kept(), step=metrics["step"], tokenizer=tokenizer, config=Scene(**flags))
 
 
 # --- what to show of it
@@ -559,15 +583,33 @@ def load(source: Path) -> ModuleType:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         raise UserError(f"{source} cannot be imported ({first_line(error)})") from None
     whole = hasattr(module, "main") and dataclasses.is_dataclass(getattr(module, "Config", None))
     require(whole, f"{source} has no Config and main: name a method's file")
     return module
 
 
+def require_place(html: Path) -> None:
+    """Before the run, not after it: that the page can be written there, and replaces nothing but a page of ours."""
+    require(html.absolute().parent.is_dir(), f"--html {html}: there is no such folder")
+    try:
+        tempfile.NamedTemporaryFile(dir=html.parent, prefix=html.name).close()
+        ours = not os.path.lexists(html) or (html.is_file() and MARK in html.read_bytes()[:1000])
+    except OSError as error:
+        raise UserError(f"cannot write {html} ({error.strerror}): name another file by --html") from None
+    require(ours, f"{html} exists and is no page of this script: name another file by --html, or remove it first")
+
+
 def main(config: Config, source: Path, module: ModuleType | None, command: str) -> None:
-    require(Path(config.html).absolute().parent.is_dir(), f"--html {config.html}: there is no such folder")
+    require_place(Path(config.html))
+    try:
+        explain(config, source, module, command)
+    except KeyboardInterrupt:
+        raise UserError("interrupted: no page was written; run the same command again") from None
+
+
+def explain(config: Config, source: Path, module: ModuleType | None, command: str) -> None:
     if module:
         view, doc = VIEWS.get(source.stem, View()), module.__doc__ or source.name
         scene = watch(module, config, config.at_step or min(view.step, config.steps))

@@ -14,6 +14,7 @@ Run: python scripts/pretrain_tiny.py addition            (about 4 minutes on one
 import json
 import os
 import random
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from posttrain.common.cli import cli, require
+from posttrain.common.cli import UserError, cli, require
 from posttrain.common.engines.hf import HFEngine
 from posttrain.common.environments.episodes import Episodes, demonstrated
 from posttrain.common.machines.weights import save_model
@@ -106,7 +107,7 @@ class Config:
     out: str = str(TINY)  # folder that receives one folder a model
     save_every: int = 100  # steps between checkpoints
     resume: bool = False  # go on from the last checkpoint
-    max_steps: int = 0  # stop every recipe after so many steps, to try things out; 0 = the recipe's own
+    max_steps: int = 0  # stop every recipe after so many steps, to try things out elsewhere; 0 = the recipe's own
     problems: int = 256  # held-out problems of the measurement, 8 samples each
 
 
@@ -198,13 +199,25 @@ def train(name: str, recipe: Recipe, config: Config, out: Path) -> tuple[Qwen3Fo
 def main(config: Config) -> None:
     require(config.family in FAMILIES, f"family {config.family!r} is not known; choose from {', '.join(FAMILIES)}")
     torch.set_num_threads(1)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, given = Path(config.out), {key: getattr(config, key) for key in ("seed", "max_steps", "problems")}
+    other = " ".join(f"--{k.replace('_', '-')} {x}" for k, x in given.items() if x != getattr(Config, k))
+    command = f"python scripts/pretrain_tiny.py {config.family} {other or '--seed 0'}"
+    if out.resolve() == TINY.resolve():
+        require(not other, f"{other} would replace the shipped models by others: name a folder by --out")
+    else:
+        held = next((out / name for name in FAMILIES[config.family] if (out / name).exists()), None)
+        require(config.resume or not held, f"{held} exists: add --resume to go on, or choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise UserError(f"cannot write the folder {out} ({error.strerror}): choose another --out") from None
     for name, recipe in FAMILIES[config.family].items():
-        command = f"python scripts/pretrain_tiny.py {config.family} --seed {config.seed}"
         record = out / name / "training.json"
-        if config.resume and record.exists() and json.loads(record.read_text())["command"] == command:
-            continue  # finished before the call was stopped
+        if config.resume and record.exists():  # finished before the call was stopped
+            made_by = json.loads(record.read_text())["command"]
+            require(made_by == command, f"{out / name} was made by {made_by}: choose another --out")
+            continue
         model, steps = train(name, recipe, config, out)
         save_model(model.to(torch.bfloat16), make_tokenizer(), out / name)
         path, task = str(out / name), make_task(recipe.task)

@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from posttrain.common.cli import cli
+from posttrain.common.cli import UserError, cli
 from posttrain.common.tasks import make_task, text_of
 from posttrain.methods import uni_opd
+from posttrain.scripts import balance_difficulty
 from posttrain.scripts.balance_difficulty import Config, balanced, bin_targets, main
 
 U, J = [50, 10, 4, 0, 1, 5, 8, 12, 40], [60, 20, 12, 9, 7, 5, 4, 3, 2]
@@ -90,3 +91,14 @@ def test_bad_input_is_one_line(given, word, monkeypatch, capfd):
         cli(main, Config)
     said = capfd.readouterr().err.splitlines()
     assert stop.value.code == 2 and word in said[-1] and said[-1].startswith("error: ")
+
+
+@pytest.mark.parametrize("out", ["data.jsonl", "nowhere/out.jsonl"])
+def test_the_data_stays_and_a_place_that_cannot_be_written_is_told_before_the_model_answers(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(balance_difficulty, "load_model", None)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+{i}=", "answer": str(2 * i)}) + "\n" for i in range(20)))
+    before = data.read_bytes()
+    with pytest.raises(UserError, match="choose another --out"):
+        main(Config(task=str(data), out=str(tmp_path / out)))
+    assert data.read_bytes() == before and list(tmp_path.iterdir()) == [data]

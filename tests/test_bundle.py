@@ -231,3 +231,35 @@ def test_bad_input_is_a_line(given, message, monkeypatch):
     with pytest.raises(UserError, match=message):
         bundle.main(bundle.Config(*given))
     assert not (ROOT / "x.py").exists()
+
+
+@pytest.mark.parametrize("name", ["sod.py", "notes.txt"])
+def test_a_file_that_is_there_stays_as_it_is(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="exists: name another file by -o, or remove it first"):
+        bundle.main(bundle.Config(str(ROOT / "methods" / "opd.py"), str(tmp_path / name)))
+    assert (tmp_path / name).read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"# \xff", "cannot be read as Python: .*0xff"),
+        (b"def half(:", r"cannot be read as Python: invalid syntax \(copy.py, line"),
+        (b"from posttrain.common.nothing import x", "there is no common/nothing.py"),
+        (b"from posttrain.common.cli import nobody\nnobody()", "imports nobody of common/cli.py"),
+        (b"from posttrain.common import cli as c\nc.nobody()", "there is no c.nobody"),
+        (b"from posttrain.common.cli import *", "write it so"),
+        (b"import posttrain.common.cli", "write it so"),
+        (b"from .common import cli", "write it so"),
+        (b"def later():\n    from . import cli", "write it so"),
+    ],
+)
+def test_a_copy_that_cannot_be_bundled_is_a_line(line, message, tmp_path):
+    copy, out = tmp_path / "copy.py", tmp_path / "out.py"
+    copy.write_bytes(
+        (ROOT / "methods" / "opd.py").read_bytes().replace(b"\nimport torch\n", b"\nimport torch\n%s\n" % line)
+    )
+    with pytest.raises(UserError, match=message):
+        bundle.main(bundle.Config(str(copy), str(out)))
+    assert not out.exists()

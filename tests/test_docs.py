@@ -242,6 +242,17 @@ def test_a_moved_line_makes_a_block_stale(tmp_path, monkeypatch):
     assert len(equations.renewed(page, new)[1]) == 2
 
 
+@pytest.mark.parametrize("file", ["README.md", "methods/opd.py"])
+def test_a_page_or_a_method_that_is_no_text_is_one_line(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(equations, "ROOT", tmp_path)
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "opd.py").touch()
+    (tmp_path / "README.md").write_text("<!-- equations opd --><!-- end -->")
+    (tmp_path / file).write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=f"{file} cannot be read .*0xe9"):
+        equations.main(equations.Config(check=True))
+
+
 def test_commands_and_flags_exist():
     assert not [line for section in everything() for line in (*wrong_commands(section), *wrong_flags(section))]
 

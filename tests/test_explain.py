@@ -174,8 +174,11 @@ def test_a_run_folder_shows_its_stored_samples(tmp_path, monkeypatch):
     small = {"prompts_per_step": 2, "group_size": 2, "steps": 2, "eval_every": 0, "eval_problems": 4, "eval_samples": 1}
     sod.main(sod.Config(**small, out=str(tmp_path / "run")))
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    monkeypatch.setattr(sys, "argv", ["explain.py", str(tmp_path / "run"), "--html", str(tmp_path / "page.html")])
-    explain.start()
+    for cut in ("", '{"step": 2, "kind": "oth'):  # what a kill leaves; then over the page of before
+        with (tmp_path / "run" / "samples.jsonl").open("a") as file:
+            file.write(cut)
+        monkeypatch.setattr(sys, "argv", ["explain.py", str(tmp_path / "run"), "--html", str(tmp_path / "page.html")])
+        explain.start()
     page = Page((tmp_path / "page.html").read_text())
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[2])
     assert sum(page.adds) == pytest.approx(line["loss/total"])
@@ -202,14 +205,72 @@ def test_a_few_outliers_do_not_pale_the_others():
         (["methods/grpo.py", "--group-sise", "3"], "--group-sise"),
         (["methods/grpo.py", "--steps", "2", "--at-step", "3"], "raise --steps"),
         (["methods/grpo.py", "--html", "nowhere/page.html"], "no such folder"),
+        (["methods/grpo.py", "--html", "tests"], "tests exists and is no page of this script"),
+        (["methods/grpo.py", "--html", "/proc/page.html"], "cannot write /proc/page.html"),
+        (["methods/opd.py", "--html", "methods/opd.py"], "methods/opd.py exists and is no page of this script"),
         (["--html", "x.html"], "name a method's file"),
     ],
 )
 def test_a_wrong_argument_ends_in_one_line(arguments, said, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
+    if "--html" in arguments:  # the place is looked at before the run
+        monkeypatch.setattr(explain, "watch", None)
+        monkeypatch.setattr(explain, "write_atomically", None)
     small = ["--prompts-per-step=1", "--group-size=2"] if "--at-step" in arguments else []
     monkeypatch.setattr(sys, "argv", ["explain.py", *arguments, *small])
     with pytest.raises(SystemExit) as stop:
         explain.start()
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and said in error
+
+
+ROW = {"step": 1, "prompt": [{"role": "user", "content": "1+1="}], "text": "2", "reward": 1.0, "ids": [5], "turn": [0]}
+LINE = json.dumps(ROW).encode() + b"\n"
+FOLDER = {
+    "samples.jsonl": LINE,
+    "metrics.jsonl": b'{"step": 1}\n',
+    "config.json": b'{"flags": {"model": "chain-student"}}',
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("samples.jsonl", LINE[:30], "has no sample yet"),
+        ("samples.jsonl", b"\xff" + LINE, "samples.jsonl is damaged ('utf-8' codec"),
+        ("samples.jsonl", b"half\n" + LINE, "samples.jsonl is damaged"),
+        ("samples.jsonl", b"3\n" + LINE, "samples.jsonl is not a run's: line 1 has no 'step'"),
+        ("samples.jsonl", LINE.replace(b'"text"', b'"words"'), "(KeyError: 'text'): run it again"),
+        ("metrics.jsonl", None, "it lacks metrics.jsonl"),
+        ("metrics.jsonl", b"", "no metrics of step 1: choose another by --at-step"),
+        ("config.json", b"", "config.json is damaged"),
+        ("config.json", FOLDER["config.json"][:20], "config.json is damaged"),
+        ("config.json", b"{}", "config.json is not a run's: line 1 has no 'flags'"),
+        ("config.json", b'{"flags": 3}', "run it again"),
+    ],
+)
+def test_a_damaged_run_folder_is_one_line(file, text, said, tmp_path, monkeypatch, capsys):
+    for name, whole in (FOLDER | {file: text}).items():
+        if whole is not None:
+            (tmp_path / name).write_bytes(whole)
+    monkeypatch.setattr(sys, "argv", ["explain.py", str(tmp_path), "--html", str(tmp_path / "page.html")])
+    with pytest.raises(SystemExit) as stop:
+        explain.start()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and said in error
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_an_interrupt_is_one_line_of_its_own(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(explain, "watch", interrupted)
+    monkeypatch.setattr(
+        sys, "argv", ["explain.py", str(ROOT / "methods" / "opd.py"), "--html", str(tmp_path / "p.html")]
+    )
+    with pytest.raises(SystemExit) as stop:
+        explain.start()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "no page was written" in error
+    assert not list(tmp_path.iterdir())

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from posttrain.common.cli import UserError
 from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import TINY, load_model, load_tokenizer
 from posttrain.common.rollout import Sampling
 from posttrain.common.tasks import make_task
 from posttrain.common.training import evaluate
+from posttrain.scripts import pretrain_tiny
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "pretrain_tiny.py"
 FAMILIES = {
@@ -136,3 +138,26 @@ def test_pretraining_gives_the_same_bits_again_and_after_a_kill(tmp_path, family
 def test_an_unknown_family_ends_in_one_line():
     result = subprocess.run([sys.executable, str(SCRIPT), "sudoku"], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "addition" in result.stderr
+
+
+@pytest.mark.parametrize("trial", [{"max_steps": 2}, {"problems": 4}, {"seed": 1, "resume": True}])
+def test_a_trial_leaves_the_shipped_models_alone(trial, monkeypatch):
+    monkeypatch.setattr(pretrain_tiny, "train", None)
+    with pytest.raises(UserError, match="would replace the shipped models by others: name a folder by --out"):
+        pretrain_tiny.main(pretrain_tiny.Config("lookup", **trial))
+
+
+def test_a_folder_that_cannot_be_had_is_one_line_and_models_in_it_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain_tiny, "train", None)
+    (tmp_path / "afile").write_text("mine")
+    for out in (tmp_path / "afile", tmp_path / "afile" / "below"):
+        with pytest.raises(UserError, match=r"cannot write the folder .*choose another --out"):
+            pretrain_tiny.main(pretrain_tiny.Config("lookup", out=str(out)))
+    record = tmp_path / "lookup-doubter" / "training.json"
+    record.parent.mkdir()
+    record.write_text('{"command": "python scripts/pretrain_tiny.py lookup --seed 1"}')
+    with pytest.raises(UserError, match="lookup-doubter exists: add --resume"):
+        pretrain_tiny.main(pretrain_tiny.Config("lookup", out=str(tmp_path)))
+    (tmp_path / "lookup-doubter").rename(tmp_path / "lookup-student")
+    with pytest.raises(UserError, match=r"was made by .* --seed 1: choose another --out"):
+        pretrain_tiny.main(pretrain_tiny.Config("lookup", out=str(tmp_path), resume=True))
