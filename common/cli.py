@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import math
 import os
 import re
 import sys
@@ -45,7 +44,7 @@ class Ended(UserError):
     """One that all processes raise together (distributed.together): they can still save what they have."""
 
 
-AT_END: list[Callable[[], None]] = []  # what then is to be called: the run's rescue
+AT_END: list[Callable[[bool], str]] = []  # what then is to be called, and at Ctrl-C: the run's rescue
 
 
 def launched() -> bool:
@@ -75,7 +74,9 @@ POSITIVE = {"lr", "steps", "prompts_per_step", "max_new_tokens", "micro_batch_to
 POSITIVE |= {"max_grad_norm", "group_size", "minibatches", "epochs", "top_k", "repeats", "problems", "samples"}
 POSITIVE |= {"max_turns", "bank_size", "summary_tokens", "critique_tokens", "kd_temperature", "iters", "max_length"}
 POSITIVE |= {"mlot_top", "tau", "eps", "k", "gamma", "keep_every", "eval_draws", "width", "layers", "heads"}
-POSITIVE |= {"vllm_memory", "processes", "server_seconds"}
+POSITIVE |= {"vllm_memory", "processes", "server_seconds", "prompts", "seeds", "jobs"}
+MOST = {"seed": 2**32, "vllm_memory": 1, "lr": 1000, "lora_rank": 2**14, "threads": 1024, "jobs": 1024, "seeds": 1024}
+MOST |= dict.fromkeys(["prompts_per_step", "group_size", "eval_problems", "eval_samples", "problems", "samples"], 2**20)
 ANY = {"margin_delta", "balance_ratio"}  # negative or infinite values have a meaning
 
 
@@ -89,9 +90,10 @@ def require_no_idle(config: Any, acts: dict[str, tuple[Any, str]]) -> None:
 def check_ranges(config: Any) -> None:
     for flag, value in (vars(config) | vars(getattr(config, "system", config))).items():
         if type(value) in (int, float) and flag not in ANY:
-            least = sys.float_info.min if flag in POSITIVE else 0
-            most = {"seed": 2**32, "vllm_memory": 1}.get(flag, math.inf)
-            bound = f"{'above' if least else 'at least'} 0" + f", below {most}" * (most < math.inf)
+            tiny, most = 0 < value < 1e-30, MOST.get(flag, 1e30)  # beyond these fp32 soon has 0 or inf
+            least = 1e-30 if tiny or flag in POSITIVE else 0
+            bound = "at least 1e-30" if tiny else "above 0" if least else "at least 0"
+            bound += f", below {most}" * (flag in MOST or value >= most)
             require(least <= value < most, f"--{flag.replace('_', '-')} {value}: must be finite and {bound}")
 
 
@@ -122,8 +124,8 @@ def cli(main: Callable[[Any], None], config_class: type, presets: dict[str, dict
         check_ranges(config)
         main(config)
     except UserError as error:
-        for save in AT_END if isinstance(error, Ended) else ():
-            save()
+        for rescue in AT_END if isinstance(error, Ended) else ():
+            print(rescue(True))
         fail(str(error))
     except KeyboardInterrupt:
-        fail("interrupted; run the same command with --resume to go on from the last checkpoint")
+        fail("; ".join(["interrupted", *(rescue(False) for rescue in AT_END)]))

@@ -60,11 +60,13 @@ def prepare(config: Any, tiny: bool = False) -> torch.device:
 
 def from_pretrained(kind: Any, name: str, **kwargs: Any) -> Any:
     """kind.from_pretrained, whose failures become one line."""
+    where = str(TINY / name) if (TINY / name).is_dir() else name
     try:
-        return kind.from_pretrained(str(TINY / name) if (TINY / name).is_dir() else name, **kwargs)
+        return kind.from_pretrained(where, **kwargs)
     except Exception as error:  # of many types: no such name, no network, no or broken or foreign files
         built_in = ", ".join(sorted(path.parent.name for path in TINY.glob("*/config.json")))
         known = f"not one of the built-in {built_in}, nor a Hugging Face folder, nor a name that the hub answers for"
+        require(not os.path.exists(where), f"cannot load {name!r} ({first_line(error)}); mend it or choose another")
         raise UserError(f"cannot load {name!r}: {known} ({first_line(error)})") from None
 
 

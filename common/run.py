@@ -43,6 +43,17 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def lines_until(path: Path, step: int) -> str:
+    """A log's lines up to a step, without one that a kill cut short: it has no end."""
+    kept = []
+    for i, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else (), 1):
+        try:
+            kept += [line.decode()] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {i}, is damaged ({first_line(error)}); mend or delete that line") from None
+    return "".join(kept)
+
+
 def versions() -> dict[str, str]:
     found = {d: importlib.metadata.version(d) for d in PACKAGES if importlib.util.find_spec(d.replace("-", "_"))}
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -61,18 +72,24 @@ class Run:
         flags = {"method": method, **dataclasses.asdict(config)}
         recorded = self.folder / "config.json"
         if config.resume:
-            found = bool(config.out) and recorded.is_file()
+            found = bool(config.out) and os.path.isfile(recorded)
             require(found, "--resume continues the run in --out: name a folder that holds a run's config.json")
             try:
                 was = dict(json.loads(recorded.read_text())["flags"])
-            except (ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError):
                 raise UserError(f"{recorded} is not a run's; choose another --out") from None
             changed = [k for k in flags if k not in FREE_ON_RESUME and was.get(k) != flags[k]]
             said = ", ".join(f"{k} was {was.get(k)!r}, now {flags[k]!r}" for k in changed[:3])
             require(not changed, f"--resume with other flags than the run in {self.folder} had ({said}); give the same")
         held = f"{self.folder} already holds a run; add --resume to continue it, or choose another --out"
         metrics = self.folder / "metrics.jsonl"  # empty: a start that failed at once, such as by a wrong flag
-        require(config.resume or not recorded.exists() or (metrics.exists() and not metrics.stat().st_size), held)
+        logged = metrics.read_bytes() if os.path.exists(metrics) else None
+        require(config.resume or not os.path.exists(recorded) or logged == b"", held)
+        if config.resume and not any(self.folder.glob("checkpoint/step-*")):  # it would start over
+            steps = (logged or b"").count(b"\n") - 1
+            had = steps > was.get("save_every", 0) > 0 or (self.folder / "summary.json").exists()
+            mend = f"choose another --out, or delete {self.folder} to start over"
+            require(not had, f"the run in {self.folder} has lost its checkpoint, which --resume needs; {mend}")
         try:
             (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -82,8 +99,8 @@ class Run:
         online = config.wandb != "off" and self.first  # the first process alone writes and prints
         self.wandb = start_wandb(config.wandb, self.folder, flags) if online else None
         self.before, self.saved = (0, 0, {}), 0  # the state in which the present step began; the last step saved
-        AT_END[:] = [self.rescue]
         distributed.barrier()  # all have looked into the folder
+        print(f"{method} writes to {self.folder}", flush=True)
 
     def due(self, step: int, every: int) -> bool:
         """At every `every`-th step (0 = never) and at the last."""
@@ -99,14 +116,16 @@ class Run:
         checkpoint.save(self.checkpoint, step, plain, {k: part for k, part in parts.items() if k not in plain})
         self.saved = step
 
-    def rescue(self) -> None:
-        """Save the state in which the present step began, unless its update is done; every process must call it."""
+    def rescue(self, together: bool) -> str:
+        """Save the state in which the present step began, unless its update has begun too. -> how to go on
+        together: every process calls this; at Ctrl-C they are in different places, and several save nothing."""
+        if hasattr(self, "progress"):
+            self.progress.stop()  # while it is shown it wraps what is printed, and this is to be copied
         step, updates, state = self.before
-        if step > self.saved and updates == self.updates():
+        if step > self.saved and updates == self.updates() and (together or distributed.world() == 1):
             distributed.reshard()
             self.save(step, **self.parts | state)
-        if self.first:
-            print(f"--resume --out {self.folder} goes on from step {self.saved}")  # unwrapped, to be copied
+        return f"--resume --out {self.folder} goes on from step {self.saved}"
 
     def updates(self) -> int:
         optimizer = next(part for part in self.parts.values() if hasattr(part, "skipped"))
@@ -128,17 +147,18 @@ class Run:
                         part.skipped = state["skipped"]
                         part.model.weights_version = getattr(part.model, "weights_version", 0) + 1
             except Exception as error:
-                raise UserError(f"{found} is damaged or of another model ({first_line(error)})") from None
+                mend = f"choose another --out, or delete {self.folder} to start over"
+                raise UserError(f"{found} is damaged or of another model ({first_line(error)}); {mend}") from None
             require(state["step"] <= self.config.steps, f"the run has {state['step']} steps already: raise --steps")
         self.seconds, self.parts, self.saved = state["seconds"], parts, max(0, state["step"])
-        if not self.first:
-            return max(0, state["step"])
-        write_atomically(self.folder / "config.json", json.dumps(self.record, indent=1))
-        for path in (self.folder / "metrics.jsonl", self.folder / "samples.jsonl"):
-            lines = path.read_text().splitlines(True) if path.exists() else []
-            lines = [line for line in lines if line.endswith("}\n")]  # what a kill cut short has no end
-            write_atomically(path, "".join(line for line in lines if json.loads(line)["step"] <= state["step"]))
-        return max(0, state["step"])
+        if self.first:
+            logs = [self.folder / "metrics.jsonl", self.folder / "samples.jsonl"]
+            texts = [lines_until(path, state["step"]) for path in logs]
+            write_atomically(self.folder / "config.json", json.dumps(self.record, indent=1))
+            for path, text in zip(logs, texts, strict=True):
+                write_atomically(path, text)
+        AT_END[:] = [self.rescue]
+        return self.saved
 
     def steps(self, done: int) -> Iterator[int]:
         """The remaining steps, 1-based, under a progress bar with a live line."""

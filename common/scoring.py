@@ -91,24 +91,17 @@ def scatter(values: Tensor, rollout: Rollout) -> Tensor:
 
 
 def token_logps(
-    model: nn.Module,
-    rollout: Rollout,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    hidden: Tensor | None = None,
-    share: bool = False,
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, rollout: Rollout, temperature: float = 1.0, vocab_size: int | None = None,
+    hidden: Tensor | None = None, share: bool = False
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """logps [N, T] and entropy [N, T] (nats) of the sampled tokens, with gradient, 0 elsewhere.
 
-    temperature divides the logits, as it did when the tokens were sampled; hidden = sampled_hidden if at hand; share
-    as there.
+    temperature divides the logits, as it did in sampling; hidden = sampled_hidden if at hand; share as there.
     """
     hidden = sampled_hidden(model, rollout, share) if hidden is None else hidden
     ids = rollout.tokens[rollout.loss_mask.bool()]
-    logps, entropies = linear_token_logp(
-        hidden, ids=ids, temperature=temperature, vocab_size=vocab_size, **lm_head(model)
-    )
-    return scatter(logps, rollout), scatter(entropies, rollout)
+    found = linear_token_logp(hidden, ids=ids, temperature=temperature, vocab_size=vocab_size, **lm_head(model))
+    return scatter(found[0], rollout), scatter(found[1], rollout)
 
 
 def micro_batches(rollout: Rollout, max_tokens: int, share: bool = False) -> list[Tensor]:
@@ -135,13 +128,9 @@ def micro_batches(rollout: Rollout, max_tokens: int, share: bool = False) -> lis
 
 @torch.no_grad()
 def score(
-    model: nn.Module,
-    rollout: Rollout,
-    max_tokens: int,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-    share: bool = False,
-) -> tuple[Tensor, Tensor]:
+    model: nn.Module, rollout: Rollout, max_tokens: int, temperature: float = 1.0,
+    vocab_size: int | None = None, share: bool = False
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """token_logps of the whole rollout without gradient, micro-batch by micro-batch.  -> [N, T], [N, T]
 
     A model on a server knows no entropy (NaN), and log-probs of its whole vocabulary at temperature 1 only.

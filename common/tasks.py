@@ -82,18 +82,11 @@ class Procedural:
 
 
 NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][+-]?\d+)?(?:/\d+)?")
-
-
 Task = Any  # Procedural, or Rows of common/families/rows.py
 # name -> module of common/families and class in it, which takes the spec and, by keyword, its options
 FAMILIES = {"addition": "arithmetic:Arithmetic", "arithmetic": "arithmetic:Arithmetic", "chain": "chain:Chain"}
-FAMILIES |= {"lookup": "lookup:Lookup", "sokoban": "sokoban:Sokoban", "steps": "steps:Steps"}
-FAMILIES |= {
-    "reasoning_gym": "gym:ReasoningGym",
-    "mnns": "mnns:mnns",
-    "prosqa": "reach:reach",
-    "prontoqa": "reach:reach",
-}
+FAMILIES |= {"lookup": "lookup:Lookup", "sokoban": "sokoban:Sokoban", "steps": "steps:Steps", "mnns": "mnns:mnns"}
+FAMILIES |= {"reasoning_gym": "gym:ReasoningGym", "prosqa": "reach:reach", "prontoqa": "reach:reach"}
 
 
 def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "answer") -> Task:

@@ -42,8 +42,8 @@ class Optimizer:
         norm = nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # of all shards
         if math.isfinite(norm):
+            self.model.weights_version = getattr(self.model, "weights_version", 0) + 1  # first: Ctrl-C may cut the next
             self.adamw.step()
-            self.model.weights_version = getattr(self.model, "weights_version", 0) + 1
         else:
             self.skipped += 1
         self.adamw.zero_grad(set_to_none=True)
@@ -53,8 +53,7 @@ class Optimizer:
 def batch_of(n: int, size: int, seed: int, step: int, stream: int = 2) -> Tensor:
     """Rows of a table of n for training step 1, 2, ...: a permutation an epoch, end to end, so that no batch is short.
 
-    -> [size] int64, a pure function of its arguments: a resumed run needs no replay
-    """
+    -> [size] int64, a pure function of its arguments: a resumed run needs no replay"""
     at = torch.arange((step - 1) * size, step * size)
     orders = {e: torch.Generator().manual_seed(seed_of(seed, e, stream)) for e in (at // n).unique().tolist()}
     return torch.cat([torch.randperm(n, generator=g)[at[at // n == e] % n] for e, g in orders.items()])
@@ -96,17 +95,15 @@ def evaluate(
     kinds = [example.fields.get(by) for example in problems]
     for kind in sorted({kind for kind in kinds if isinstance(kind, str)}):
         rows = torch.tensor([k == kind for k in kinds])
-        metrics |= {
-            f"eval/{k}/{kind}": x[rows].mean().item() for k, x in (("accuracy", average), ("pass_at_k", passed))
-        }
+        metrics[f"eval/accuracy/{kind}"] = average[rows].mean().item()
+        metrics[f"eval/pass_at_k/{kind}"] = passed[rows].mean().item()
     return metrics, rollout
 
 
 def engine_weights(logps: Tensor, behaviour_logps: Tensor, mask: Tensor, most: float) -> Tensor:
     """mask times min(p / q, most), p the trainer's and q the engine's probability of the token: truncated
     importance sampling for an engine that rounds otherwise. No gradient; mask itself where it is off, or q unknown.
-    [N, T] -> [N, T]
-    """
+    [N, T] -> [N, T]"""
     known = (mask > 0) & behaviour_logps.isfinite() & logps.isfinite()
     ratio = torch.where(known, logps - behaviour_logps, 0).detach().exp().clamp(max=most) if most else 1.0
     return mask * ratio
@@ -146,9 +143,8 @@ class Stats:
         n_tokens, *sums = sums.tolist()
         gaps = distributed.gather([float(torch.stack(self.gaps).max())] if self.gaps else [])
         largest = {"engine/ratio_max": torch.tensor(max(gaps)).exp().item()} if gaps else {}
-        return {
-            k: v / (max(1.0, n_tokens) if k in self.per_token else 1) for k, v in zip(keys, sums, strict=True)
-        } | largest
+        over = {k: max(1.0, n_tokens) if k in self.per_token else 1 for k in keys}
+        return {k: v / over[k] for k, v in zip(keys, sums, strict=True)} | largest
 
 
 def rollout_metrics(rollout: Rollout, reward_function: Any, task: Task) -> dict[str, float]:
@@ -168,9 +164,7 @@ def rollout_metrics(rollout: Rollout, reward_function: Any, task: Task) -> dict[
 
 def resources(clock: list[float], mask: Tensor) -> dict[str, float]:
     """time/* in seconds, from the moments before sampling and after sampling, scoring and updating; peak memory.
-
-    mask: 1 on what tokens_per_second counts.
-    """
+    mask: 1 on what tokens_per_second counts."""
     sample, score, update = (b - a for a, b in itertools.pairwise(clock))
     speed = mask.sum().item() / (clock[-1] - clock[0])
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

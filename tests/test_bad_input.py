@@ -202,6 +202,15 @@ FLAGS = {
     "resume of nothing": ("opd", {"resume": True, "out": "nowhere"}, ["--resume", "--out"]),
     "out under a file": ("grpo", {"out": "/etc/hostname/run"}, ["/etc/hostname/run", "--out"]),
     "out in proc": ("opd", {"out": "/proc/run"}, ["/proc/run", "--out"]),
+    "out too long": ("grpo", {"out": "x" * 300}, ["too long", "--out"]),
+    "out too long, resume": ("grpo", {"out": "x" * 300, "resume": True}, ["--resume", "--out"]),
+    "lr beyond fp32": ("opd", {"lr": 1e300}, ["--lr", "below 1000"]),
+    "weight beyond fp32": ("opd", {"kl-coef": 1e300}, ["--kl-coef", "below 1e+30"]),
+    "temperature too small for fp32": ("opd", {"temperature": 1e-300}, ["--temperature", "at least 1e-30"]),
+    "adapters as large as a model": ("grpo", {"lora-rank": 10**8}, ["--lora-rank", "below 16384"]),
+    "too many threads": ("grpo", {"threads": 10**8}, ["--threads", "below 1024"]),
+    "too many prompts": ("grpo", {"prompts-per-step": 10**12}, ["--prompts-per-step", "below 1048576"]),
+    "too many samples": ("grpo", {"eval-samples": 10**12}, ["--eval-samples", "below 1048576"]),
 }  # fmt: skip
 NEGATIVE = {
     "steps": [0, -1], "lr": [-1, "nan"], "prompts-per-step": [0, -4], "group-size": [0, -2], "eval-problems": [0, -1],
@@ -263,7 +272,9 @@ def test_the_mended_command_may_use_the_same_folder(run, method, bad):
 
 # --- data
 DATA = {
-    "empty": ("", {}, ["rows.jsonl"]),
+    "empty": ("", {}, ["rows.jsonl", "is empty", "two rows"]),
+    "blank lines": ("\n\n", {}, ["rows.jsonl", "is empty", "two rows"]),
+    "a row that is not UTF-8": ([*ROWS, {"prompt": "caf\u00e9", "answer": "1"}], {}, ["row 29", "0xe9", "UTF-8"]),
     "one row": (json.dumps(ROWS[0]), {}, ["rows.jsonl", "few"]),
     "no JSON": ("prompt,answer\n1,2\n", {}, ["rows.jsonl"]),
     "half a line": (json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1])[:20], {}, ["rows.jsonl"]),
@@ -285,7 +296,8 @@ DATA = {
 @pytest.mark.parametrize(("rows", "given", "words"), DATA.values(), ids=DATA.keys())
 @pytest.mark.filterwarnings("ignore")
 def test_bad_data_is_one_line(run, rows, given, words):
-    Path("rows.jsonl").write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+    text = rows if isinstance(rows, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path("rows.jsonl").write_text(text, "latin-1")
     code, stderr = run("grpo", {"task": "rows.jsonl", "out": "run", **given})
     one_line(stderr, *words)
     assert code == 2
@@ -402,7 +414,7 @@ def test_a_broken_model_folder_is_one_line(run, tmp_path, how):
     folder = broken_model(tmp_path / "broken", how)
     before = snapshot(folder)
     code, stderr = run("grpo", {"model": folder, "out": "run"})
-    one_line(stderr, "broken")
+    assert "not one of" not in one_line(stderr, "broken", "; mend it" if "." not in how else "")
     assert code == 2 and snapshot(folder) == before
 
 
@@ -504,10 +516,33 @@ def test_a_corrupt_checkpoint_is_one_line_and_loses_nothing(run, held, how):
     how(max((held / "checkpoint").iterdir()))
     before = snapshot(held)
     code, stderr = run("grpo", {"out": held, "resume": True, "save-every": 1})
-    one_line(stderr, "checkpoint/step-")
+    one_line(stderr, "checkpoint/step-", "choose another --out", "start over")
     after = snapshot(held)
     before.pop("config.json"), after.pop("config.json")
     assert code == 2 and after == before
+
+
+@pytest.mark.parametrize("log", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("line", ["{broken}", '{"step": 1, "half', "[]", "{}", '{"step": "\xff"}'])
+def test_a_broken_line_of_a_log_is_one_line_and_loses_nothing(run, held, log, line):
+    first, *others = (held / log).read_text().splitlines(True)
+    (held / log).write_text("".join([first, line + "\n", *others]), "latin-1")
+    before = snapshot(held)
+    code, stderr = run("grpo", {"out": held, "resume": True, "save-every": 1})
+    one_line(stderr, f"{log}, line 2", "mend or delete")
+    assert code == 2 and snapshot(held) == before
+
+
+@pytest.mark.parametrize("left", [["summary.json"], ["metrics.jsonl"]])
+def test_resume_of_a_run_that_lost_its_checkpoint_leaves_the_rest_alone(run, held, left):
+    """Known by the results of its end, or by more steps than a run takes until it first saves."""
+    shutil.rmtree(held / "checkpoint")
+    for name in {"summary.json", "metrics.jsonl"}.difference(left):
+        (held / name).unlink()
+    before = snapshot(held)
+    code, stderr = run("grpo", {"out": held, "resume": True, "save-every": 1})
+    one_line(stderr, str(held), "lost its checkpoint", "choose another --out", "start over")
+    assert code == 2 and snapshot(held) == before
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "other"}', '{"flags": 3}'])

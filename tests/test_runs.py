@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from posttrain.common.cli import Engines, System, UserError, cli
+from posttrain.common.cli import AT_END, Engines, System, UserError, cli
 from posttrain.common.machines import checkpoint
 from posttrain.common.models import TINY
 from posttrain.common.training import Optimizer
@@ -421,13 +421,48 @@ def test_interrupt_and_resume_with_other_flags(method, given, tmp_path, monkeypa
     assert_same_run(a, here(method, tmp_path / "b", **given, resume=True))
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    interrupt(monkeypatch, "opd", 2)
-    monkeypatch.setattr(sys, "argv", ["opd.py", *flags({**SMALL, "out": tmp_path / "run"})])
+def cut_update(monkeypatch, at: int) -> None:
+    """Ctrl-C in the middle of the at-th update: some weights are new, the others old."""
+    calls = iter(range(1, 1000))
+
+    def half(self):
+        if next(calls) == at:
+            self.param_groups[0]["params"][0].data.add_(1.0)
+            raise KeyboardInterrupt
+        return whole(self)
+
+    whole = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", half)
+
+
+CUTS = {"in a step": (lambda patch: interrupt(patch, "opd", 4), 3)}
+CUTS["in the first step"] = (lambda patch: interrupt(patch, "opd", 1), 0)
+CUTS["in an update"] = (lambda patch: cut_update(patch, 4), 2)  # the state before it is gone: the last saved one
+
+
+@pytest.mark.parametrize(("cut", "saved"), CUTS.values(), ids=CUTS.keys())
+def test_ctrl_c_saves_what_it_can_and_says_how_to_go_on(cut, saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cut(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["opd.py", *flags(SMALL)])
     with pytest.raises(SystemExit) as stop:
         cli(opd.main, opd.Config)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith("error: ") and "--resume" in said
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    said, out = capsys.readouterr(), next(Path("runs").iterdir())
+    assert f"opd writes to {out}\n" in said.out
+    assert said.err == f"error: interrupted; --resume --out {out} goes on from step {saved}\n" and stop.value.code == 2
+    assert [path.name for path in (out / "checkpoint").iterdir()] == [f"step-{saved:06d}"] * (saved > 0)
+    assert_same_run(here("opd", tmp_path / "whole"), here("opd", out, resume=True))
+
+
+def test_ctrl_c_before_there_is_a_run(tmp_path, monkeypatch, capsys):
+    AT_END.clear()  # another test's
+    (tmp_path / "mine.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.setattr(sys, "argv", ["opd.py", f"--reward={tmp_path}/mine.py:f"])
+    with pytest.raises(SystemExit) as stop:
+        cli(opd.main, opd.Config)
+    assert stop.value.code == 2 and capsys.readouterr().err == "error: interrupted\n"
 
 
 def test_a_longer_run_may_be_asked_for_on_resume(tmp_path):

@@ -3,11 +3,23 @@
 import logging
 import math
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.tasks import Example, final_answer, limited, same_mathematics, stable_hash, text_of
+
+
+def rows_of(name: str, table: Any) -> Iterator[tuple[int, dict]]:
+    """Rows by number. Texts are decoded as they are read, not when the file is loaded."""
+    i = -1
+    try:
+        for i, row in enumerate(table):
+            yield i, row
+    except Exception as error:
+        cause = f"a row behind row {i} cannot be read ({first_line(error)})"
+        raise UserError(f"task {name!r}: {cause}; mend it, such as by saving the file as UTF-8") from None
 
 
 class Rows:
@@ -34,7 +46,7 @@ class Rows:
             lacks = f"task {self.name!r} has no column {column!r}; {flag} can be one of: {', '.join(there)}"
             require(column in there, lacks)
         out = []
-        for i, row in enumerate(table):
+        for i, row in rows_of(self.name, table):
             prompt, answer = row.pop(prompt_column), row[answer_column]
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
             turns = messages if isinstance(messages, list) else []
@@ -85,7 +97,7 @@ class LabelledRows(Rows):
         for flag, column in self.columns.items():
             lacks = f"task {self.name!r} has no column {column!r}; {flag} can be one of: {', '.join(there)}"
             require(column in there, lacks)
-        for i, row in enumerate(table):
+        for i, row in rows_of(self.name, table):
             *texts, label = (row[column] for column in self.columns.values())
             bad = f"task {self.name!r}: row {i} lacks a text or a class (a word, or a number from 0)"
             require(all(type(text) is str and text for text in texts), bad)
@@ -102,15 +114,18 @@ def load_rows(spec: str, heldout: tuple[str, ...] = ("test", "validation")) -> t
     require(path.suffix not in kind or path.is_file(), f"task {spec!r}: no such file in {Path.cwd()}")
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    empty = f"task {spec!r} is empty; give a file with at least two rows"
+    require(path.suffix not in kind or path.stat().st_size, empty)
     try:
         name, _, config = spec.partition(":")
         file = {"path": kind.get(path.suffix), "data_files": str(path)}
         splits = datasets.load_dataset(**file if path.suffix in kind else {"path": name, "name": config or None})
     except Exception as error:
+        require("corresponds to no data" not in str(error), empty)
         known = "addition, arithmetic, reasoning_gym:NAME, gsm8k, a data file or folder, or a name on the hub"
         cause = first_line(error.__cause__ or error)
         raise UserError(f"task {spec!r} cannot be loaded ({cause}); give {known}") from None
     own = next((s for s in heldout if s in splits), None)
     train = next((s for s in ("train", *splits) if s in splits and s != own), own)
-    require(len(splits[train]) > 0, f"task {spec!r} is empty; give a file with at least two rows")
+    require(len(splits[train]) > 0, empty)
     return splits[train], None if own in (None, train) else splits[own]
