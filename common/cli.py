@@ -125,7 +125,7 @@ def cli(main: Callable[[Any], None], config_class: type, presets: dict[str, dict
         main(config)
     except UserError as error:
         for rescue in AT_END if isinstance(error, Ended) else ():
-            print(rescue(True))
+            print(rescue(True), end="")
         fail(str(error))
     except KeyboardInterrupt:
         fail("; ".join(["interrupted", *(rescue(False) for rescue in AT_END)]))

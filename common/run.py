@@ -100,7 +100,7 @@ class Run:
         self.wandb = start_wandb(config.wandb, self.folder, flags) if online else None
         self.before, self.saved = (0, 0, {}), 0  # the state in which the present step began; the last step saved
         distributed.barrier()  # all have looked into the folder
-        print(f"{method} writes to {self.folder}", flush=True)
+        print(f"{method} writes to {self.folder}\n" * self.first, end="", flush=True)
 
     def due(self, step: int, every: int) -> bool:
         """At every `every`-th step (0 = never) and at the last."""
@@ -125,7 +125,7 @@ class Run:
         if step > self.saved and updates == self.updates() and (together or distributed.world() == 1):
             distributed.reshard()
             self.save(step, **self.parts | state)
-        return f"--resume --out {self.folder} goes on from step {self.saved}"
+        return f"--resume --out {self.folder} goes on from step {self.saved}\n" * self.first
 
     def updates(self) -> int:
         optimizer = next(part for part in self.parts.values() if hasattr(part, "skipped"))
