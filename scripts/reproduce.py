@@ -239,7 +239,7 @@ EVERY = {"skill_sd.py": 20, "pi_distill.py": 20, "rltf.py": 25, "sod.py": 50, "s
 @dataclass
 class Config:
     study: Literal[tuple(STUDIES)] = "methods"  # a set of arms, see STUDIES
-    only: tuple[str, ...] = ()  # its arms to run, with those that they are compared with; empty = all
+    only: tuple[str, ...] = ()  # its arms to run, each with the baseline that isolates its idea; empty = all
     seeds: int = 5  # runs of each arm, seeds 0, 1, ...
     jobs: int = 2  # runs at a time, one thread each
     eval_every: int = 0  # steps between points of the curves; 0 = EVERY's
@@ -556,7 +556,7 @@ def main(config: Config) -> None:
     require(min(config.seeds, config.jobs) > 0, "--seeds and --jobs must be at least 1")
     unknown = [arm for arm in config.only if arm not in arms]
     require(not unknown, f"--only {unknown} is not known; choose from {', '.join(arms)}")
-    wanted = {name for arm in config.only for name in (arm, *AGAINST.get(arm, []))} or set(arms)
+    wanted = {name for arm in config.only for name in (arm, *AGAINST.get(arm, [])[:1])} or set(arms)
     arms = {arm: command for arm, command in arms.items() if arm in wanted}
     console = Console(width=None if sys.stdout.isatty() else 160)
     torch.set_num_threads(1)
