@@ -10,12 +10,8 @@ import difflib
 import importlib.util
 import inspect
 import itertools
-import logging
 import math
-import multiprocessing
 import random
-import re
-import site
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pebble import ProcessPool
 
 from posttrain.common.cli import UserError, first_line, require
 from posttrain.common.machines import distributed
@@ -81,7 +76,6 @@ class Procedural:
         return list(out.values())
 
 
-NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?(?:[eE][+-]?\d+)?(?:/\d+)?")
 Task = Any  # Procedural, or Rows of common/families/rows.py
 # name -> module of common/families and class in it, which takes the spec and, by keyword, its options
 FAMILIES = {"addition": "arithmetic:Arithmetic", "arithmetic": "arithmetic:Arithmetic", "chain": "chain:Chain"}
@@ -103,40 +97,6 @@ def make_task(spec: str, prompt_column: str = "prompt", answer_column: str = "an
     if spec == "gsm8k":
         return Rows(spec, *load_rows("openai/gsm8k:main"), "question", "answer")
     return Rows(spec, *load_rows(spec), prompt_column, answer_column)
-
-
-def final_answer(completion: str, numeric: bool) -> str:
-    """The text of the last <answer> tag; else the last number (numeric) or the last line that is not empty."""
-    if tagged := re.findall(r"<answer>(.*?)</answer>", completion, re.DOTALL):
-        return tagged[-1].strip()
-    if numeric:
-        return (NUMBER.findall(completion) or [""])[-1]
-    return (completion.strip().splitlines() or [""])[-1].strip()
-
-
-def same_mathematics(gold: str, completion: str) -> bool:
-    from math_verify import parse, verify
-
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its time limits are off: ours is on
-    written = gold if "$" in gold or "\\boxed" in gold else f"${gold}$"
-    golds = parse(written, parsing_timeout=None) or parse(gold, parsing_timeout=None)
-    return verify(golds, parse(completion, parsing_timeout=None), timeout_seconds=None)
-
-
-GRADERS: list[ProcessPool] = []  # one process that graders run in, started when first needed
-
-
-def limited(function: Callable, *args: Any, seconds: float = 5.0) -> Any:
-    """function(*args) in another process, or None if it raises, hangs or kills that process."""
-    if not GRADERS:
-        home = str(Path(__file__).parents[1] / "methods")  # where posttrain.py lies: the child imports this module too
-        spawn = multiprocessing.get_context("spawn")
-        GRADERS.append(ProcessPool(1, context=spawn, initializer=site.addsitedir, initargs=(home,)))
-        GRADERS[0].schedule(stable_hash).result()  # outside the try: a child that cannot start must not look like 0
-    try:
-        return GRADERS[0].schedule(function, args=args, timeout=seconds).result()
-    except Exception:
-        return None
 
 
 def make_reward(spec: str, task: Task) -> Callable[[Example, str], float]:

@@ -138,7 +138,9 @@ def rewrites() -> dict[str, list[tuple[str, str]]]:
             ("module of common/families and class in it, which", "class, looked up when it is needed, which"),
             ('        module, _, family = FAMILIES[name].partition(":")\n', late),
             ('getattr(importlib.import_module(f"posttrain.common.families.{module}"), family)', "FAMILIES[name]()"),
-            ('.parents[1] / "methods")  # where posttrain.py lies', ".parent)  # where this file lies"),
+        ],
+        "common/families/answers": [
+            ('.parents[2] / "methods")  # where posttrain.py lies', ".parent)  # where this file lies"),
         ],
         "common/models": [
             ('TINY = Path(__file__).parent / "tiny"  # trained by scripts/pretrain_tiny.py\n', models),

@@ -209,8 +209,8 @@ def test_a_method_has_150_to_350_lines(path):
     assert 150 <= len(path.read_text().splitlines()) <= 350
 
 
-LINES = {"common": 1350, "common/engines": 1030, "common/environments": 910, "common/machines": 562}
-LINES |= {"common/families": 1050, "common/labelled": 360}
+LINES = {"common": 1325, "common/engines": 1030, "common/environments": 910, "common/machines": 562}
+LINES |= {"common/families": 1095, "common/labelled": 360}
 
 
 @pytest.mark.parametrize(("folder", "most"), LINES.items())

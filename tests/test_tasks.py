@@ -14,6 +14,7 @@ import pytest
 
 from posttrain.common import tasks
 from posttrain.common.cli import UserError
+from posttrain.common.families import answers
 from posttrain.common.tasks import CORRECT, Example, grade_all, make_reward, make_task, text_of
 
 SUM = "reasoning_gym:chain_sum,min_terms=2,max_terms=2,min_digits=1,max_digits=1"  # at most 200 different problems
@@ -211,17 +212,17 @@ def test_gold_is_what_stands_behind_the_hashes_and_the_demonstration_is_the_whol
 
 
 def test_a_grader_that_hangs_is_stopped_in_any_thread_and_the_next_one_works():
-    assert tasks.limited(tasks.same_mathematics, "2", "2") is True  # also pays for the process's imports
+    assert answers.limited(answers.same_mathematics, "2", "2") is True  # also pays for the process's imports
     start, results = time.monotonic(), []
-    hanging = lambda: results.append(tasks.limited(pow, 9, 9**9, seconds=0.5))  # noqa: E731, one uninterruptible call
+    hanging = lambda: results.append(answers.limited(pow, 9, 9**9, seconds=0.5))  # noqa: E731, one uninterruptible call
     hanging()
     thread = threading.Thread(target=hanging)
     thread.start()
     thread.join(20)
     assert results == [None, None] and time.monotonic() - start < 20
-    assert not tasks.limited(tasks.same_mathematics, "2", r"\boxed{9^{9^{9^9}}}", seconds=0.5)
-    assert tasks.limited(divmod, 7, 0) is None
-    assert tasks.limited(divmod, 7, 2) == (3, 1)
+    assert not answers.limited(answers.same_mathematics, "2", r"\boxed{9^{9^{9^9}}}", seconds=0.5)
+    assert answers.limited(divmod, 7, 0) is None
+    assert answers.limited(divmod, 7, 2) == (3, 1)
 
 
 def test_the_grading_process_ends_with_its_parent_even_if_that_is_killed(tmp_path):
@@ -229,7 +230,7 @@ def test_the_grading_process_ends_with_its_parent_even_if_that_is_killed(tmp_pat
     script.write_text(
         f"""import sys; sys.path.append({os.path.dirname(sys.modules["posttrain"].__file__)!r})
 import multiprocessing, os
-from posttrain.common.tasks import limited
+from posttrain.common.families.answers import limited
 if __name__ == "__main__":
     assert limited(divmod, 7, 2) == (3, 1)
     print(limited(os.getpid), flush=True)

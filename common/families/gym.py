@@ -5,7 +5,8 @@ import random
 import re
 
 from posttrain.common.cli import UserError, first_line, require
-from posttrain.common.tasks import CORRECT, NUMBER, Example, Procedural, final_answer, limited, near, parse_options
+from posttrain.common.families.answers import NUMBER, final_answer, limited
+from posttrain.common.tasks import CORRECT, Example, Procedural, near, parse_options
 
 
 class ReasoningGym(Procedural):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.common.cli import UserError, first_line, require
-from posttrain.common.tasks import Example, final_answer, limited, same_mathematics, stable_hash, text_of
+from posttrain.common.families.answers import final_answer, limited, same_mathematics
+from posttrain.common.tasks import Example, stable_hash, text_of
 
 
 def rows_of(name: str, table: Any) -> Iterator[tuple[int, dict]]:
