@@ -6,9 +6,11 @@ import io
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import tyro
@@ -60,6 +62,17 @@ def require(condition: Any, message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def writable(folder: Path, mend: str, make: bool = False) -> Path:
+    """The folder, tried before any work is done for it; make: with all that lead to it."""
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write the folder {folder} ({error.strerror}); {mend}") from None
+    return folder
 
 
 def fail(message: str) -> NoReturn:

@@ -24,7 +24,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from posttrain.common.cli import AT_END, UserError, first_line, require
+from posttrain.common.cli import AT_END, UserError, first_line, require, writable
 from posttrain.common.machines import distributed
 from posttrain.common.machines.weights import save_model
 from posttrain.common.rollout import Rollout, Sampling
@@ -43,15 +43,19 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def lines_until(path: Path, step: int) -> str:
-    """A log's lines up to a step, without one that a kill cut short: it has no end."""
-    kept = []
-    for i, line in enumerate(path.read_bytes().splitlines(True) if path.exists() else (), 1):
-        try:
-            kept += [line.decode()] if line.endswith(b"\n") and json.loads(line)["step"] <= step else []
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {i}, is damaged ({first_line(error)}); mend or delete that line") from None
-    return "".join(kept)
+def read_json(path: Path, keys: dict[str, type], mend: str) -> list[dict]:
+    """The object of a .json, or those of a .jsonl but for a last line without an end, which a kill cut short."""
+    found = []
+    try:
+        text = path.read_bytes()
+        for part in text.split(b"\n")[:-1] if path.suffix == ".jsonl" else [text]:
+            each = dict(json.loads(part))
+            for key, kind in keys.items():
+                require(key in each and isinstance(each[key], kind), f"{key!r} is missing or wrong")
+            found.append(each)
+    except (OSError, ValueError, TypeError, UserError) as error:
+        raise UserError(f"{path} is damaged (line {len(found) + 1}: {first_line(error)}): {mend}") from None
+    return found
 
 
 def versions() -> dict[str, str]:
@@ -74,10 +78,7 @@ class Run:
         if config.resume:
             found = bool(config.out) and os.path.isfile(recorded)
             require(found, "--resume continues the run in --out: name a folder that holds a run's config.json")
-            try:
-                was = dict(json.loads(recorded.read_text())["flags"])
-            except (OSError, ValueError, KeyError, TypeError):
-                raise UserError(f"{recorded} is not a run's; choose another --out") from None
+            was = read_json(recorded, {"flags": dict}, "choose another --out")[0]["flags"]
             changed = [k for k in flags if k not in FREE_ON_RESUME and was.get(k) != flags[k]]
             said = ", ".join(f"{k} was {was.get(k)!r}, now {flags[k]!r}" for k in changed[:3])
             require(not changed, f"--resume with other flags than the run in {self.folder} had ({said}); give the same")
@@ -90,17 +91,14 @@ class Run:
             had = steps > was.get("save_every", 0) > 0 or (self.folder / "summary.json").exists()
             mend = f"choose another --out, or delete {self.folder} to start over"
             require(not had, f"the run in {self.folder} has lost its checkpoint, which --resume needs; {mend}")
-        try:
-            (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write the folder {self.folder} ({error.strerror}); choose another --out") from None
+        self.checkpoint = writable(self.folder / "checkpoint", "choose another --out", make=True)
         self.record = {"flags": flags, "versions": versions(), "command": sys.argv}
-        self.checkpoint = self.folder / "checkpoint"
         online = config.wandb != "off" and self.first  # the first process alone writes and prints
         self.wandb = start_wandb(config.wandb, self.folder, flags) if online else None
         self.before, self.saved = (0, 0, {}), 0  # the state in which the present step began; the last step saved
         distributed.barrier()  # all have looked into the folder
-        print(f"{method} writes to {self.folder}\n" * self.first, end="", flush=True)
+        if self.first:
+            print(f"{method} writes to {self.folder}", flush=True)
 
     def due(self, step: int, every: int) -> bool:
         """At every `every`-th step (0 = never) and at the last."""
@@ -152,11 +150,12 @@ class Run:
             require(state["step"] <= self.config.steps, f"the run has {state['step']} steps already: raise --steps")
         self.seconds, self.parts, self.saved = state["seconds"], parts, max(0, state["step"])
         if self.first:
-            logs = [self.folder / "metrics.jsonl", self.folder / "samples.jsonl"]
-            texts = [lines_until(path, state["step"]) for path in logs]
+            logs = {self.folder / "metrics.jsonl": [], self.folder / "samples.jsonl": []}
+            logs |= {path: read_json(path, {"step": int}, "mend or delete that line") for path in logs if path.exists()}
             write_atomically(self.folder / "config.json", json.dumps(self.record, indent=1))
-            for path, text in zip(logs, texts, strict=True):
-                write_atomically(path, text)
+            for path, lines in logs.items():
+                kept = (json.dumps(line) + "\n" for line in lines if line["step"] <= state["step"])
+                write_atomically(path, "".join(kept))
         AT_END[:] = [self.rescue]
         return self.saved
 

@@ -25,10 +25,10 @@ import torch
 import tyro
 from rich.console import Console
 
-from posttrain.common.cli import UserError, check_ranges, cli, parse, require
+from posttrain.common.cli import UserError, check_ranges, cli, parse, require, writable
 from posttrain.common.run import Run, versions, write_atomically
 from posttrain.scripts.explain import load
-from posttrain.scripts.reproduce import METHODS, against, headline, made, plot, run_all, summary_of, table
+from posttrain.scripts.reproduce import METHODS, against, headline, plot, run_all, summary_of, table
 
 OURS = {  # flags that no combination may set -> what to do instead
     "seed": "--seeds N runs seeds 0 to N - 1",
@@ -85,21 +85,20 @@ def refusal(module: ModuleType, config: Any) -> str:
     class Passed(BaseException):
         pass
 
+    def passed(*_: Any) -> None:
+        raise Passed
+
     def checked(*args: Any) -> None:
         check(*args)
-        raise Passed
+        passed()
 
-    def begun(*_: Any) -> None:
-        raise Passed
-
-    check, code = getattr(module, "check", None), getattr(module.main, "__code__", None)
-    if callable(check) and code and "check" in code.co_names:
-        # Run is patched for files whose check comes late: nothing is to be trained or written here
-        with patch.object(module, "check", checked), patch.object(Run, "__init__", begun), suppress(Passed):
-            try:
-                module.main(config)
-            except UserError as error:
-                return str(error)
+    check = getattr(module, "check", lambda *_: None)
+    # Run for a main that calls no check: nothing is to be trained or written here
+    with patch.object(module, "check", checked, create=True), patch.object(Run, "__init__", passed), suppress(Passed):
+        try:
+            module.main(config)
+        except UserError as error:
+            return str(error)
     return ""
 
 
@@ -141,7 +140,7 @@ def same_method(out: Path, method: Path) -> None:
 def main(config: Config) -> None:
     arms, left_out = plan(config)
     method, console = Path(config.method).resolve(), Console(width=None if sys.stdout.isatty() else 160)
-    out = made(Path(config.out or f"runs/ablate-{method.stem}"), "out")
+    out = writable(Path(config.out or f"runs/ablate-{method.stem}"), "choose another --out", make=True)
     same_method(out, method)
     for arm, why in left_out.items():
         print(f"left out: {arm}: {why}")

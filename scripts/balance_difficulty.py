@@ -17,7 +17,6 @@ Run: python scripts/balance_difficulty.py --model arithmetic-student --task arit
 import json
 import os
 import random
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from posttrain.common.cli import UserError, cli, require
+from posttrain.common.cli import UserError, cli, require, writable
 from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import load_model, load_tokenizer, prepare
 from posttrain.common.rollout import Sampling, seed_of
@@ -87,10 +86,7 @@ def main(config: Config) -> None:
     require(config.cap >= 1, "--cap is a number of copies: it must be at least 1")
     require(config.samples > 1, "--samples must be at least 2: one answer makes no middle bin")
     require(not os.path.lexists(config.out), f"{config.out} exists; choose another --out")
-    try:
-        tempfile.TemporaryFile(dir=Path(config.out).parent).close()  # rather now than after all the sampling
-    except OSError as error:
-        raise UserError(f"cannot write {config.out} ({error.strerror}); choose another --out") from None
+    writable(Path(config.out).parent, "choose another --out")
     device = prepare(config)
     task = make_task(config.task, config.prompt_column, config.answer_column)
     reward = make_reward(config.reward, task)

@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import io
-import json
 import math
 import os
 import sys
@@ -40,11 +39,11 @@ import jinja2
 import torch
 from torch import Tensor
 
-from posttrain.common.cli import UserError, cli, fail, first_line, require
+from posttrain.common.cli import UserError, cli, fail, first_line, require, writable
 from posttrain.common.environments.episodes import Episode, Turn
 from posttrain.common.models import load_tokenizer
 from posttrain.common.rollout import Rollout, assemble
-from posttrain.common.run import Run, write_atomically
+from posttrain.common.run import Run, read_json, write_atomically
 from posttrain.common.tasks import CORRECT, Example, text_of
 
 TEMPLATE = Path(__file__).resolve().with_suffix(".jinja")
@@ -151,24 +150,12 @@ def watch(module: ModuleType, config: Any, step: int) -> Scene:
     return scene
 
 
-def read(path: Path, kind: str) -> list[dict]:
-    """The whole file, or its lines, as JSON objects that have a key `kind`."""
-    try:
-        text = path.read_text()
-        lines = text[: text.rfind("\n") + 1].splitlines() if path.suffix == ".jsonl" else [text]  # a kill cuts the last
-        out = list(map(json.loads, lines))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): mend it, or name another run's folder") from None
-    wrong = next((i for i, each in enumerate(out, 1) if not isinstance(each, dict) or kind not in each), 0)
-    require(not wrong, f"{path} is not a run's: line {wrong} has no {kind!r}; name another run's folder")
-    return out
-
-
 def stored(folder: Path, step: int) -> Scene:
     """The samples of a run's step as a scene; step 0 = the last."""
     missing = [name for name in ("samples.jsonl", "metrics.jsonl", "config.json") if not (folder / name).is_file()]
     require(not missing, f"{folder} is no run's folder: it lacks {' and '.join(missing)}")
-    rows, lines = read(folder / "samples.jsonl", "step"), read(folder / "metrics.jsonl", "step")
+    mend = "name another run's folder"
+    rows, lines = (read_json(folder / f"{name}.jsonl", {"step": int}, mend) for name in ("samples", "metrics"))
     require(rows, f"{folder}/samples.jsonl has no sample yet: let the run do a step first")
     rows = [row for row in rows if "ids" in row]
     require(rows, f"the samples of {folder} have no values for each token: this method does not write them")
@@ -176,7 +163,7 @@ def stored(folder: Path, step: int) -> Scene:
     rows, lines = ([each for each in part if each["step"] == step] for part in (rows, lines))
     for part, name in ((rows, "samples"), (lines, "metrics")):
         require(part, f"{folder} has no {name} of step {step}: choose another by --at-step")
-    flags = read(folder / "config.json", "flags")[0]["flags"]
+    flags = read_json(folder / "config.json", {"flags": dict}, mend)[0]["flags"]
     try:
         return shown_again(rows, lines[0], flags)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -592,12 +579,11 @@ def load(source: Path) -> ModuleType:
 
 def require_place(html: Path) -> None:
     """Before the run, not after it: that the page can be written there, and replaces nothing but a page of ours."""
-    require(html.absolute().parent.is_dir(), f"--html {html}: there is no such folder")
+    writable(html.absolute().parent, "name another file by --html")
     try:
-        tempfile.NamedTemporaryFile(dir=html.parent, prefix=html.name).close()
         ours = not os.path.lexists(html) or (html.is_file() and MARK in html.read_bytes()[:1000])
     except OSError as error:
-        raise UserError(f"cannot write {html} ({error.strerror}): name another file by --html") from None
+        raise UserError(f"cannot read {html} ({error.strerror}): name another file by --html") from None
     require(ours, f"{html} exists and is no page of this script: name another file by --html, or remove it first")
 
 

@@ -14,7 +14,6 @@ Run: python scripts/pretrain_tiny.py addition            (about 4 minutes on one
 import json
 import os
 import random
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from posttrain.common.cli import UserError, cli, require
+from posttrain.common.cli import cli, require, writable
 from posttrain.common.engines.hf import HFEngine
 from posttrain.common.environments.episodes import Episodes, demonstrated
 from posttrain.common.machines.weights import save_model
@@ -207,11 +206,7 @@ def main(config: Config) -> None:
     else:
         held = next((out / name for name in FAMILIES[config.family] if (out / name).exists()), None)
         require(config.resume or not held, f"{held} exists: add --resume to go on, or choose another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise UserError(f"cannot write the folder {out} ({error.strerror}): choose another --out") from None
+    writable(out, "choose another --out", make=True)
     for name, recipe in FAMILIES[config.family].items():
         record = out / name / "training.json"
         if config.resume and record.exists():  # finished before the call was stopped

@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from posttrain.common.cli import UserError, cli, first_line, require
+from posttrain.common.cli import UserError, cli, require, writable
 from posttrain.common.engines.hf import HFEngine
 from posttrain.common.models import load_model, load_tokenizer
 from posttrain.common.rollout import Sampling
-from posttrain.common.run import EVAL_KEYS, write_atomically
+from posttrain.common.run import EVAL_KEYS, read_json, write_atomically
 from posttrain.common.tasks import CORRECT, make_task
 
 METHODS = Path(__file__).resolve().parents[1] / "methods"
@@ -231,7 +231,8 @@ AGAINST = {
 COMMANDS = {arm: command for arms in STUDIES.values() for arm, command in arms.items()}
 IN_METHODS = [name for arm, others in AGAINST.items() for name in (arm, *others) if name != "before"]
 STUDIES["methods"] = {arm: COMMANDS[arm] for arm in dict.fromkeys(IN_METHODS)}
-RECORD = ("task", "command", "versions", "seconds", "before", "after", "mean over steps", "curve")  # at least
+RECORD = {"versions": dict, "after": dict, "mean over steps": dict, "curve": list}  # at least
+RECORD |= dict.fromkeys(("task", "command", "seconds", "before"), object)
 HEADLINES = {"skill_sd.py": "skill/train_success"}  # what curves, differences and target speak of, else eval/accuracy
 EVERY = {"skill_sd.py": 20, "pi_distill.py": 20, "rltf.py": 25, "sod.py": 50, "sinkd.py": 78, "cot2.py": 410}  # else 40
 
@@ -279,38 +280,16 @@ def cause(stderr: str, code: int) -> str:
     return line if len(line) <= 1000 else f"{line[:500]} ... {line[-500:]}"
 
 
-def read(path: Path, keys: tuple[str, ...], mend: str) -> list[dict]:
-    """The object of a JSON file, or one for each line of a .jsonl, all with these keys."""
-    try:
-        text = path.read_text()
-        found = [json.loads(part) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
-        missing = [key for each in found for key in keys if key not in dict(each)]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}): {mend}") from None
-    require(not missing, f"{path} is damaged (it lacks {missing[:1]}): {mend}")
-    return found
-
-
 def parts_of(out: Path, script: str) -> tuple[dict, dict, list[dict]]:
     """A complete run's summary, config and lines of metrics."""
     mend = f"delete {out}, and the same command makes its run again"
     keys = ("task", "method", "steps", "seconds", "after", "accuracy_before", "accuracy_teacher")
-    [summary] = read(out / "summary.json", keys, mend)
-    [config] = read(out / "config.json", ("flags", "versions"), mend)
-    lines = read(out / "metrics.jsonl", ("step",), mend)
+    [summary] = read_json(out / "summary.json", dict.fromkeys(keys, object), mend)
+    [config] = read_json(out / "config.json", {"flags": dict, "versions": dict}, mend)
+    lines = read_json(out / "metrics.jsonl", {"step": int}, mend)
     whole = len(lines) > 1 and lines[-1]["step"] == summary["steps"] and headline(script) in lines[-1]
     require(whole, f"{out / 'metrics.jsonl'} does not end with the last step's {headline(script)}: {mend}")
     return summary, config, lines
-
-
-def made(folder: Path, flag: str) -> Path:
-    """The folder, there to be written before anything is trained for it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--{flag}: the folder {folder} cannot be made ({error.strerror}); choose another") from None
-    require(os.access(folder, os.W_OK), f"--{flag}: the folder {folder} cannot be written; choose another")
-    return folder
 
 
 def check_held(arm: str, command: list[str], seed: int, every: int, folder: str) -> None:
@@ -319,7 +298,7 @@ def check_held(arm: str, command: list[str], seed: int, every: int, folder: str)
     if (out / "summary.json").exists():
         parts_of(out, command[0])
     if (out / "config.json").exists():
-        [config] = read(out / "config.json", ("flags",), f"delete {out}, and its run begins anew")
+        [config] = read_json(out / "config.json", {"flags": dict}, f"delete {out}, and its run begins anew")
         had = config["flags"].get("eval_every")
         require(had == every, f"{out} was made with --eval-every {had}, not {every}: give that, or delete the folder")
 
@@ -570,9 +549,9 @@ def main(config: Config) -> None:
         missing = [path.name for path in kept.values() if not path.exists()]
         require(not missing, f"{out / 'runs'} lacks {', '.join(missing[:3])}: run without --stored to make them")
         mend = "delete it, and run without --stored to make it again"
-        records = {arm: [read(kept[arm, n], RECORD, mend)[0] for n in range(config.seeds)] for arm in arms}
+        records = {arm: [read_json(kept[arm, n], RECORD, mend)[0] for n in range(config.seeds)] for arm in arms}
     else:
-        made(out / "runs", "out")
+        writable(out / "runs", "choose another --out", make=True)
         records = run_all(arms, config.seeds, config.jobs, config.eval_every, config.folder, console, keep)
 
     methods, first = {}, next(iter(arms))

@@ -529,7 +529,7 @@ def test_a_broken_line_of_a_log_is_one_line_and_loses_nothing(run, held, log, li
     (held / log).write_text("".join([first, line + "\n", *others]), "latin-1")
     before = snapshot(held)
     code, stderr = run("grpo", {"out": held, "resume": True, "save-every": 1})
-    one_line(stderr, f"{log}, line 2", "mend or delete")
+    one_line(stderr, f"{log} is damaged (line 2: ", "mend or delete")
     assert code == 2 and snapshot(held) == before
 
 

@@ -52,6 +52,19 @@ def test_every_baseline_is_an_arm():
         assert {arm, *others} - {"before"} <= reproduce.STUDIES["methods"].keys()
 
 
+def test_only_brings_the_baseline_that_isolates_the_idea_and_no_other(tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def run_all(arms, *_):
+        raise Asked(*arms)
+
+    monkeypatch.setattr(reproduce, "run_all", run_all)
+    with pytest.raises(Asked) as asked:
+        reproduce.main(reproduce.Config(study="scope", only=("scope",), out=str(tmp_path)))
+    assert set(asked.value.args) == {"scope", "opd-k1"} and reproduce.AGAINST["scope"] == ["opd-k1", "grpo"]
+
+
 def test_an_arms_name_means_one_command_in_all_studies():
     seen = {}
     for arms in reproduce.STUDIES.values():
@@ -225,9 +238,9 @@ def test_a_damaged_record_is_named(text, tmp_path, monkeypatch):
 def test_an_out_that_is_a_file_is_refused_before_any_trains(tmp_path, untrained):
     (tmp_path / "file").write_text("mine")
     for flag in ({"seeds": 1}, {"seeds": 1, "study": "scope"}):
-        with pytest.raises(UserError, match=r"--out: the folder .* cannot be made"):
+        with pytest.raises(UserError, match=r"cannot write the folder .*choose another --out"):
             reproduce.main(reproduce.Config(**flag, out=str(tmp_path / "file"), folder=str(tmp_path / "runs")))
-    with pytest.raises(UserError, match=r"--out: the folder .* cannot be made"):
+    with pytest.raises(UserError, match=r"cannot write the folder .*choose another --out"):
         ablate.main(ablate.Config(str(ROOT / "methods" / "grpo.py"), out=str(tmp_path / "file")))
     assert (tmp_path / "file").read_text() == "mine"
 
